@@ -1,0 +1,114 @@
+"""Write README's tables of measurements from the records in benchmarks/results/.
+
+    python benchmarks/readme_tables.py [--check]
+
+A table stands between `<!-- NAME: from ... -->` and `<!-- /NAME -->`. With --check nothing is written, and
+the exit status is 1 when README and the records differ.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from record import RESULTS, ROOT
+
+README = ROOT / "README.md"
+Record = dict[str, Any]
+
+
+def host_time(record: Record) -> str:
+    bars = {
+        "layer forward": record["bars_us"]["forward"],
+        "layer forward+backward": record["bars_us"]["forward_backward"],
+    }
+    rows = [
+        (name, f"{median:.0f}", f"{bars[name]:.0f}" if name in bars else "")
+        for name, median in record["median_us"].items()
+    ]
+    return table(("one call", "median, us", "aim, us"), rows)
+
+
+def memory_kept(record: Record) -> str:
+    rows = [
+        (
+            name,
+            ", ".join(str(row[size]) for size in "THIEK"),
+            mib(row["kept_bytes"]),
+            mib(row["kept_bytes_recompute"]),
+            mib(row["output_bytes"]),
+        )
+        for name, row in record["shapes"].items()
+    ]
+    return table(("", "T, H, I, E, K", "kept, MiB", "recomputed, MiB", "of it the output, MiB"), rows)
+
+
+def gpu_tests(record: Record) -> str:
+    rows = []
+    for name, step in record["steps"].items():
+        counts = ", ".join(f"{step[key]} {key}" for key in ("passed", "failed", "skipped") if key in step)
+        outcome = counts or step.get("summary") or ("done" if step["ok"] else step["ended"])
+        rows.append((name, "ok" if step["ok"] else "**failed**", outcome))
+    return table(("step", "", "outcome"), rows)
+
+
+TABLES: dict[str, Callable[[Record], str]] = {
+    "gpu_tests": gpu_tests,
+    "host_time": host_time,
+    "memory_kept": memory_kept,
+}
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = (head, tuple("---" for _ in head), *rows)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def mib(size: int | None) -> str:
+    return "does not fit" if size is None else f"{size / 2**20:,.1f}"
+
+
+def origin(record: Record) -> str:
+    """One line: where and when a record was taken."""
+    where = record.get("device") or f"{record['processor']}, {record['cores']} cores"
+    driver = f", driver {record['driver']}" if "driver" in record else ""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{where}{driver}; {versions}; {record['date']}; sources {record['sources'][:12]}."
+
+
+def rendered(name: str) -> str:
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet."
+    record = json.loads(path.read_text())
+    return f"{TABLES[name](record)}\n\n{origin(record)}"
+
+
+def with_tables(text: str) -> str:
+    """README with every table as the records have it."""
+    for name in TABLES:
+        section = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, found = section.subn(lambda match, name=name: f"{match[1]}{rendered(name)}\n{match[2]}", text)
+        if found != 1:
+            raise SystemExit(f"README.md has {found} sections <!-- {name}: ... -->, not 1")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only tell whether README is up to date")
+    check = parser.parse_args().check
+    text = README.read_text()
+    wanted = with_tables(text)
+    if check and wanted != text:
+        print("README.md's tables are not those of benchmarks/results/: run make tables", file=sys.stderr)
+        return 1
+    if not check:
+        README.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The Backend protocol: the stages of a layer. And which backend an array's device calls for."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from .arrays import DeviceType, Space
+
+Stage = Callable[..., None]
+
+
+class Backend(Protocol):
+    """One implementation of every stage.
+
+    A stage takes the Space first, then Arrays that were checked before, and fills its outputs entirely.
+    It never waits for the device, and gives the same bits every time. Both backends have the same
+    signatures.
+    """
+
+    name: str
+    # routing
+    gate_logits: Stage
+    route: Stage
+    route_backward: Stage
+    gate_backward: Stage
+    # rows
+    sort: Stage
+    permute: Stage
+    combine: Stage
+    # grouped products
+    grouped_gemm: Stage
+    grouped_gemm_wgrad: Stage
+    grouped_glu: Stage
+    grouped_glu_backward: Stage
+
+
+STAGES = tuple(name for name in Backend.__annotations__ if name != "name")
+
+
+def backend_for(space: Space) -> type[Backend]:
+    """The backend of the device that ``space`` allocates on."""
+    if space.device_type == DeviceType.CPU:
+        from .cpu.backend import CpuBackend
+
+        return CpuBackend
+    from .cuda.backend import CudaBackend
+
+    return CudaBackend

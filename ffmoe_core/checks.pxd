@@ -1,0 +1,12 @@
+from libc.stdint cimport int64_t
+
+from .arrays cimport Array
+
+cdef int check_shape(Array array, str name, str symbols, int64_t d0, int64_t d1=*, int64_t d2=*) except -1
+cdef int check_device(Array array, str name, Array other, str other_name) except -1
+cdef int check_dtype(Array array, str name, tuple allowed) except -1
+cdef int check_floating(Array array, str name) except -1
+cdef int check_like(Array array, str name, Array other, str other_name) except -1
+cdef int check_rows(int64_t num_tokens, int64_t top_k) except -1
+cdef int check_output(object obj, Array out, str name, Array other, str other_name) except -1
+cdef int router_dtype(Array x) noexcept

@@ -1,0 +1,79 @@
+"""Checks of the public functions' input: every message names the argument, what it is and what would work."""
+
+from .arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+
+from .arrays import DTYPE_NAMES
+from .errors import ConfigError, DeviceError, DTypeError, LayoutError, ShapeError
+
+cdef tuple FLOATING = (<int>FLOAT32, <int>FLOAT64, <int>BFLOAT16, <int>FLOAT16)
+
+
+cdef int check_shape(
+    Array array, str name, str symbols, int64_t d0, int64_t d1=-2, int64_t d2=-2
+) except -1:
+    """The rank and widths of ``array``; a wanted width of -1 is any, -2 is no such dimension."""
+    cdef int rank = 1 + (d1 != -2) + (d2 != -2)
+    if (
+        array.ndim == rank
+        and (d0 == -1 or array.dims[0] == d0)
+        and (d1 < 0 or array.dims[1] == d1)
+        and (d2 < 0 or array.dims[2] == d2)
+    ):
+        return 0
+    wanted = ", ".join("any" if d == -1 else str(d) for d in (d0, d1, d2)[:rank])
+    raise ShapeError(f"{name} has shape {array.shape}; expected {symbols} = ({wanted})")
+
+
+cdef int check_device(Array array, str name, Array other, str other_name) except -1:
+    if array.device_type != other.device_type or array.device_id != other.device_id:
+        raise DeviceError(f"{name} is on {array.device} but {other_name} is on {other.device}; move one of them")
+    return 0
+
+
+cdef int check_dtype(Array array, str name, tuple allowed) except -1:
+    if array.dtype in allowed:
+        return 0
+    wanted = " or ".join(DTYPE_NAMES[dtype] for dtype in dict.fromkeys(allowed))
+    raise DTypeError(f"{name} has dtype {array.dtype_name}; expected {wanted}")
+
+
+cdef int check_floating(Array array, str name) except -1:
+    return check_dtype(array, name, FLOATING)
+
+
+cdef int check_like(Array array, str name, Array other, str other_name) except -1:
+    """Same dtype and device."""
+    check_device(array, name, other, other_name)
+    if array.dtype != other.dtype:
+        raise DTypeError(
+            f"{name} has dtype {array.dtype_name} but {other_name} has {other.dtype_name}; they must agree"
+        )
+    return 0
+
+
+cdef int check_rows(int64_t num_tokens, int64_t top_k) except -1:
+    if num_tokens * top_k >= 1 << 31:
+        raise ShapeError(
+            f"{num_tokens} tokens with top_k={top_k} make {num_tokens * top_k} rows; "
+            f"at most {(1 << 31) - 1} a call: split the batch"
+        )
+    return 0
+
+
+cdef int check_output(object obj, Array out, str name, Array other, str other_name) except -1:
+    """An ``out=`` array: like ``other``, and not read-only."""
+    check_like(out, name, other, other_name)
+    flags = getattr(obj, "flags", None)
+    if flags is not None and not getattr(flags, "writeable", True):
+        raise LayoutError(f"{name} is read-only; pass an array that can be written")
+    return 0
+
+
+cdef int router_dtype(Array x) noexcept:
+    """What the router computes in: float32, or float64 for a float64 layer."""
+    return FLOAT64 if x.dtype == FLOAT64 else FLOAT32
+
+
+def check_config(config, expected):
+    if not isinstance(config, expected):
+        raise ConfigError(f"config={config!r} must be a {expected.__name__}")

@@ -1,0 +1,140 @@
+"""MoEConfig: what the routed part of a layer computes, checked once."""
+
+import math
+from dataclasses import dataclass
+
+from .errors import ConfigError
+
+ACTIVATIONS = ("swiglu", "geglu", "relu_squared")
+GATINGS = ("softmax", "sigmoid")
+DROP_POLICIES = ("position", "probs")
+MAX_EXPERTS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEConfig:
+    """Options of a routed mixture-of-experts layer.
+
+    Parameters
+    ----------
+    d_model : width H of a token.
+    ffn_dim : gate and up rows stacked, 2*I; even.
+    num_experts : E, 1 to 1024.
+    top_k : K experts a token, 1 to E.
+    activation : "swiglu" (silu(gate)*up), "geglu" (tanh-approximated gelu(gate)*up) or
+        "relu_squared" (relu(gate)^2*up).
+    gating : "softmax" or "sigmoid": how a logit becomes a score.
+    norm_topk_prob : normalise the K selected scores to sum 1; False keeps the full scores.
+    routed_scaling_factor : multiplies every weight.
+    num_expert_groups, topk_groups : group-limited routing. The experts form ``num_expert_groups``
+        consecutive groups of equal size; a group scores the sum of its top 2 experts, and only experts
+        of the best ``topk_groups`` groups can be selected. Both or neither.
+    capacity_factor : an expert takes at most ceil(capacity_factor*T*K/E) rows of a call with T tokens;
+        None is dropless.
+    max_tokens_per_expert : a hard bound on an expert's rows; None is no bound.
+    allow_dropped_tokens : False turns an overflow of either bound into a CapacityError.
+    drop_policy : which rows an overfull expert keeps: its first in token order ("position") or its
+        heaviest ("probs").
+    aux_loss_coeff : coefficient of the Switch load-balance loss (Fedus et al. 2021, eq. 4).
+    z_loss_coeff : coefficient of the router z-loss (Zoph et al. 2022, eq. 5).
+    recompute_activations : keep nothing of the experts' inside for backward; recompute it there.
+
+    Raises
+    ------
+    ConfigError : a value is out of range or unknown; the message names the option and what would work.
+    """
+
+    d_model: int
+    ffn_dim: int
+    num_experts: int
+    top_k: int
+    activation: str = "swiglu"
+    gating: str = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    num_expert_groups: int | None = None
+    topk_groups: int | None = None
+    capacity_factor: float | None = None
+    max_tokens_per_expert: int | None = None
+    allow_dropped_tokens: bool = True
+    drop_policy: str = "position"
+    aux_loss_coeff: float = 0.0
+    z_loss_coeff: float = 0.0
+    recompute_activations: bool = False
+
+    def __post_init__(self) -> None:
+        _check_int("d_model", self.d_model, 1)
+        _check_int("ffn_dim", self.ffn_dim, 2)
+        if self.ffn_dim % 2:
+            raise ConfigError(
+                f"ffn_dim={self.ffn_dim} is odd: it counts gate and up rows stacked, so it must be even"
+            )
+        _check_int("num_experts", self.num_experts, 1, MAX_EXPERTS)
+        _check_int("top_k", self.top_k, 1, self.num_experts, "num_experts")
+        _check_choice("activation", self.activation, ACTIVATIONS)
+        _check_choice("gating", self.gating, GATINGS)
+        _check_choice("drop_policy", self.drop_policy, DROP_POLICIES)
+        _check_float("routed_scaling_factor", self.routed_scaling_factor)
+        _check_float("aux_loss_coeff", self.aux_loss_coeff, 0.0)
+        _check_float("z_loss_coeff", self.z_loss_coeff, 0.0)
+        self._check_groups()
+        if self.capacity_factor is not None:
+            _check_float("capacity_factor", self.capacity_factor)
+            if self.capacity_factor <= 0:
+                raise ConfigError(f"capacity_factor={self.capacity_factor} must be above 0, or None for dropless")
+        if self.max_tokens_per_expert is not None:
+            _check_int("max_tokens_per_expert", self.max_tokens_per_expert, 1)
+
+    def _check_groups(self) -> None:
+        groups, best = self.num_expert_groups, self.topk_groups
+        if (groups is None) != (best is None):
+            raise ConfigError(
+                f"num_expert_groups={groups} and topk_groups={best} go together: give both or neither"
+            )
+        if groups is None or best is None:
+            return
+        _check_int("num_expert_groups", groups, 1, self.num_experts, "num_experts")
+        if self.num_experts % groups:
+            raise ConfigError(
+                f"num_expert_groups={groups} does not divide num_experts={self.num_experts}"
+            )
+        _check_int("topk_groups", best, 1, groups, "num_expert_groups")
+        reachable = best * (self.num_experts // groups)
+        if self.top_k > reachable:
+            raise ConfigError(
+                f"top_k={self.top_k} is more than the {reachable} experts in topk_groups={best} groups"
+            )
+
+    @property
+    def intermediate(self) -> int:
+        """I, the width of an expert's inside: half of ``ffn_dim``."""
+        return self.ffn_dim // 2
+
+    def capacity(self, num_tokens: int) -> int | None:
+        """Most rows an expert may take of ``num_tokens`` tokens, or None where nothing bounds it."""
+        bounds = []
+        if self.capacity_factor is not None:
+            bounds.append(math.ceil(self.capacity_factor * num_tokens * self.top_k / self.num_experts))
+        if self.max_tokens_per_expert is not None:
+            bounds.append(self.max_tokens_per_expert)
+        return min(bounds, default=None)
+
+
+def _check_int(name: str, value: object, low: int, high: int | None = None, high_name: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r} must be an int")
+    if value < low or (high is not None and value > high):
+        upper = "" if high is None else f" and at most {f'{high_name}={high}' if high_name else high}"
+        raise ConfigError(f"{name}={value} must be at least {low}{upper}")
+
+
+def _check_float(name: str, value: object, low: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r} must be a finite number")
+    if low is not None and value < low:
+        raise ConfigError(f"{name}={value} must be at least {low:g}")
+
+
+def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, known))}")

@@ -1,0 +1,48 @@
+"""Matrix products of row-major matrices through the BLAS that SciPy brings."""
+
+from libc.stdint cimport int64_t
+from scipy.linalg.cython_blas cimport dgemm, sgemm
+
+ctypedef fused real:
+    float
+    double
+
+cdef enum:
+    # OpenBLAS multiplies up to 100^3 (for some operands less) without packing either matrix first, which
+    # for few rows is most of the work: at 8 x 512 x 1024 pieces of this size run three times as fast as one call.
+    SMALL_DIM = 32
+    SMALL_PRODUCT = 1 << 19
+
+
+cdef int enter_single_threaded() except -1
+cdef int leave_single_threaded() except -1
+
+
+cdef inline void _call(
+    bint transpose_a, bint transpose_b, int m, int n, int k,
+    real* a, int lda, real* b, int ldb, real beta, real* c, int ldc,
+) noexcept nogil:
+    # BLAS is column-major: there a row-major C = A B reads C^T = B^T A^T
+    cdef char* ta = "T" if transpose_a else "N"
+    cdef char* tb = "T" if transpose_b else "N"
+    cdef real one = 1
+    if real is float:
+        sgemm(tb, ta, &n, &m, &k, &one, b, &ldb, a, &lda, &beta, c, &ldc)
+    else:
+        dgemm(tb, ta, &n, &m, &k, &one, b, &ldb, a, &lda, &beta, c, &ldc)
+
+
+cdef inline void gemm(
+    bint transpose_a, bint transpose_b, int m, int n, int k,
+    real* a, int lda, real* b, int ldb, real beta, real* c, int ldc,
+) noexcept nogil:
+    """C[m, n] = op(A)[m, k] op(B)[k, n] + beta C, all row-major with leading dimensions lda, ldb, ldc."""
+    cdef int step = n, start = 0
+    if m <= SMALL_DIM or k <= SMALL_DIM:
+        step = max(16, <int>(SMALL_PRODUCT // (<int64_t>m * k)) // 16 * 16)
+    while start < n:
+        _call(
+            transpose_a, transpose_b, m, min(step, n - start), k, a, lda,
+            b + (<int64_t>start * ldb if transpose_b else start), ldb, beta, c + start, ldc,
+        )
+        start += step

@@ -1,0 +1,22 @@
+from libc.stdint cimport uintptr_t
+
+
+cdef class Kernel:
+    cdef void* function         # CUfunction
+    cdef void* context          # CUcontext it was loaded in
+    cdef object keep_alive
+    cdef str name
+    cdef int launch(
+        self,
+        unsigned int grid_x,
+        unsigned int grid_y,
+        unsigned int grid_z,
+        unsigned int block,
+        unsigned int smem,
+        uintptr_t stream,
+        void** params,
+    ) except -1
+
+
+cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned int dynamic_smem)
+cdef int multiprocessor_count(int device_id) except -1

@@ -1,0 +1,117 @@
+"""Launching a compiled kernel with as little host time as the driver allows.
+
+The driver's entry points are looked up in libcuda at run time: building needs no CUDA, and its C ABI has
+been the same since CUDA 4.
+"""
+
+import ctypes
+
+from libc.stdint cimport uintptr_t
+
+from ..errors import KernelError
+from .compile import import_cupy, load_function
+
+ctypedef int (*LaunchKernel)(
+    void* function,
+    unsigned int, unsigned int, unsigned int,
+    unsigned int, unsigned int, unsigned int,
+    unsigned int smem, void* stream, void** params, void** extra,
+) noexcept nogil
+ctypedef int (*GetContext)(void** context) noexcept nogil
+ctypedef int (*SetContext)(void* context) noexcept nogil
+ctypedef int (*GetErrorName)(int error, const char** name) noexcept nogil
+
+
+cdef class _Driver:
+    """The entry points, resolved at the first kernel."""
+
+    cdef LaunchKernel launch
+    cdef GetContext get_context
+    cdef SetContext set_context
+    cdef GetErrorName error_name
+
+    def __cinit__(self):
+        library = ctypes.CDLL("libcuda.so.1")
+        self.launch = <LaunchKernel><uintptr_t>_address(library.cuLaunchKernel)
+        self.get_context = <GetContext><uintptr_t>_address(library.cuCtxGetCurrent)
+        self.set_context = <SetContext><uintptr_t>_address(library.cuCtxSetCurrent)
+        self.error_name = <GetErrorName><uintptr_t>_address(library.cuGetErrorName)
+
+
+def _address(function):
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+cdef _Driver driver = None
+cdef dict kernels = {}
+cdef dict multiprocessors = {}
+
+
+cdef class Kernel:
+    """One compiled variant, loaded on one device."""
+
+    cdef int launch(
+        self,
+        unsigned int grid_x,
+        unsigned int grid_y,
+        unsigned int grid_z,
+        unsigned int block,
+        unsigned int smem,
+        uintptr_t stream,
+        void** params,
+    ) except -1:
+        """Launch on ``stream``; the inputs' device need not be the current one."""
+        cdef void* current = NULL
+        cdef int error
+        driver.get_context(&current)
+        if current != self.context:
+            driver.set_context(self.context)
+        error = driver.launch(
+            self.function, grid_x, grid_y, grid_z, block, 1, 1, smem, <void*>stream, params, NULL
+        )
+        if current != self.context:
+            driver.set_context(current)
+        if error != 0:
+            raise launch_error(self.name, error, (grid_x, grid_y, grid_z), block, smem)
+        return 0
+
+
+cdef object launch_error(str name, int error, tuple grid, unsigned int block, unsigned int smem):
+    cdef const char* text = NULL
+    driver.error_name(error, &text)
+    reason = text.decode() if text != NULL else str(error)
+    return KernelError(f"{name}: {reason} (grid {grid}, block {block}, {smem} bytes of shared memory)")
+
+
+cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned int dynamic_smem):
+    """The variant, compiled and loaded at its first use."""
+    global driver
+    cdef tuple key = (file, entry, defines, device_id)
+    cdef object found = kernels.get(key)
+    cdef Kernel made
+    cdef void* before = NULL
+    if found is not None:
+        return <Kernel>found
+    keep_alive, address = load_function(file, entry, defines, device_id, dynamic_smem)
+    if driver is None:
+        driver = _Driver()
+    made = Kernel.__new__(Kernel)
+    made.function = <void*><uintptr_t>address
+    made.keep_alive = keep_alive
+    made.name = entry
+    cupy = import_cupy()
+    with cupy.cuda.Device(device_id):
+        cupy.cuda.runtime.free(0)  # makes the device's primary context current
+        driver.get_context(&before)
+    made.context = before
+    kernels[key] = made
+    return made
+
+
+cdef int multiprocessor_count(int device_id) except -1:
+    count = multiprocessors.get(device_id)
+    if count is None:
+        cupy = import_cupy()
+        count = cupy.cuda.runtime.getDeviceProperties(device_id)["multiProcessorCount"]
+        multiprocessors[device_id] = count
+    return count

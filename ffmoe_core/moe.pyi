@@ -1,0 +1,95 @@
+from typing import Any, NamedTuple
+
+from .config import MoEConfig
+
+class MoESaved(NamedTuple):
+    """What backward needs beside the inputs."""
+
+    logits: Any  # [T, E] router dtype
+    z: Any  # [R, 2I] pre-activations, or None where they are recomputed
+    routing: Any  # uint8 [n], see RoutingLayout
+
+class MoEResult(NamedTuple):
+    """What ``moe_forward`` returns."""
+
+    output: Any  # [T, H]
+    losses: Any  # [3] router dtype: aux loss, z-loss (each times its coefficient), router entropy in nats
+    logits: Any  # [T, E] router dtype
+    z: Any  # [R, 2I] or None
+    routing: Any  # uint8 [n], see RoutingLayout
+
+    @property
+    def saved(self) -> MoESaved: ...
+
+class MoEGrads(NamedTuple):
+    """What ``moe_backward`` returns: a gradient for each input, of its shape and dtype."""
+
+    x: Any
+    router_input: Any  # None where router_input was None (its gradient is in x)
+    gate_weight: Any
+    w_up: Any
+    w_down: Any
+
+def moe_forward(
+    x: Any,
+    gate_weight: Any,
+    w_up: Any,
+    w_down: Any,
+    config: MoEConfig,
+    *,
+    router_input: Any = None,
+    expert_bias: Any = None,
+    valid_mask: Any = None,
+    save_for_backward: bool = True,
+    out: Any = None,
+) -> MoEResult:
+    """The routed experts' weighted output for every token.
+
+    Parameters
+    ----------
+    x : [T, H], float32, float64, bfloat16 or float16. T may be 0.
+    gate_weight : [E, H], dtype of x, or float32.
+    w_up : [E, 2I, H], dtype of x; gate rows first, then up rows.
+    w_down : [E, H, I], dtype of x.
+    router_input : [T, H], dtype of x: what the gate reads instead of x.
+    expert_bias : [E] float32, added to the scores for the selection only.
+    valid_mask : [T] bool or uint8; tokens with 0 are ignored: no expert, zero output, no part in losses.
+    save_for_backward : False when no backward will follow; the result's ``z`` is then None.
+    out : [T, H], dtype of x: where to write the output.
+
+    The router computes in float32 (float64 for float64 x), the experts accumulate in float32 (float64).
+    Nothing waits for the device, unless ``allow_dropped_tokens=False`` meets a capacity bound, or the
+    environment has ``FFMOE_CHECK=1``.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, LayoutError : an array does not fit, before any work starts.
+    CapacityError : more rows than the bound with ``allow_dropped_tokens=False``.
+    NonFiniteError : checked mode (``FFMOE_CHECK=1``) found NaN or infinite logits.
+    OutOfMemoryError : no room; nothing is lost, and a smaller call works.
+    MissingDependencyError : arrays on a GPU without CuPy.
+    """
+
+def moe_backward(
+    grad_output: Any,
+    saved: MoESaved,
+    x: Any,
+    gate_weight: Any,
+    w_up: Any,
+    w_down: Any,
+    config: MoEConfig,
+    *,
+    router_input: Any = None,
+    grad_losses: Any = None,
+) -> MoEGrads:
+    """Every gradient of ``moe_forward``, for the same inputs and what it saved.
+
+    Parameters
+    ----------
+    grad_output : [T, H], dtype of x.
+    saved : ``result.saved`` of the forward call. A ``z`` of None is recomputed, with the same bits.
+    grad_losses : [3], router dtype: the gradient of ``result.losses``; the third entry (the entropy, a
+        statistic) is ignored. None is zeros.
+
+    Raises what ``moe_forward`` raises for arrays that do not fit.
+    """

@@ -1,0 +1,329 @@
+"""The layer as a composition of stages: forward and backward, each one call.
+
+No kernel, no dtype code and no tile size here: those are the backends'.
+The mathematics, with T tokens, R = T*K rows, expert e of row r, weight p_r:
+
+    z = W_up[e] x,   a = act(z[:I]) * z[I:],   y = W_down[e] a,   out = sum_k p_k y_k
+    da' = W_down[e]^T dO,  dp = <da', a>,  da = p da',  dz = [da * u * act'(g), da * act(g)]
+    dW_down[e] = sum dO (p a)^T,  dW_up[e] = sum dz x^T,  dx = sum_k W_up[e]^T dz_k + router
+"""
+
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from libc.stdint cimport int64_t
+
+from .arrays cimport FLOAT32, INT32, UINT8, Array, Space, space_of, view
+from .checks cimport (
+    check_device,
+    check_dtype,
+    check_floating,
+    check_like,
+    check_output,
+    check_rows,
+    check_shape,
+    router_dtype,
+)
+
+from .backend import backend_for
+from .checks import check_config
+from .config import MoEConfig
+from .errors import CapacityError, NonFiniteError
+from .plan import RoutingPlan, routing_layout
+
+cdef dict _FIELD_DTYPES = {"int32": <int>INT32, "float32": <int>FLOAT32, "float64": 1}
+
+
+class MoESaved(NamedTuple):
+    """What backward needs beside the inputs."""
+
+    logits: Any  # [T, E] router dtype
+    z: Any  # [R, 2I] pre-activations, or None where they are recomputed
+    routing: Any  # uint8 [n], see RoutingLayout
+
+
+class MoEResult(NamedTuple):
+    """What ``moe_forward`` returns."""
+
+    output: Any  # [T, H]
+    losses: Any  # [3] router dtype: aux loss, z-loss (each times its coefficient), router entropy in nats
+    logits: Any  # [T, E] router dtype
+    z: Any  # [R, 2I] or None
+    routing: Any  # uint8 [n], see RoutingLayout
+
+    @property
+    def saved(self):
+        return MoESaved(self.logits, self.z, self.routing)
+
+
+class MoEGrads(NamedTuple):
+    """What ``moe_backward`` returns: a gradient for each input, of its shape and dtype."""
+
+    x: Any
+    router_input: Any  # None where router_input was None (its gradient is in x)
+    gate_weight: Any
+    w_up: Any
+    w_down: Any
+
+
+cdef class _Routing:
+    """The parts of a packed routing block."""
+
+    cdef Array tokens_per_expert
+    cdef object plan
+
+    def __cinit__(self, Array block, object layout):
+        parts = {
+            name: block.at(field.offset, field.shape, _FIELD_DTYPES[field.dtype])
+            for name, field in layout.fields.items()
+        }
+        self.tokens_per_expert = parts.pop("tokens_per_expert")
+        self.plan = RoutingPlan(**parts)
+
+
+cdef class _Inputs:
+    """The inputs both directions share, checked."""
+
+    cdef Array x, router_input, gate_weight, w_up, w_down
+    cdef Space space
+    cdef object config, layout
+    cdef int64_t num_tokens, num_rows, hidden, intermediate, num_experts, top_k
+    cdef int router_dtype
+
+    def __cinit__(self, x, router_input, gate_weight, w_up, w_down, config):
+        check_config(config, MoEConfig)
+        self.config = config
+        self.hidden = config.d_model
+        self.intermediate = config.ffn_dim // 2
+        self.num_experts = config.num_experts
+        self.top_k = config.top_k
+        self.x = view(x, "x")
+        check_shape(self.x, "x", "[T, d_model]", -1, self.hidden)
+        check_floating(self.x, "x")
+        self.num_tokens = self.x.dims[0]
+        check_rows(self.num_tokens, self.top_k)
+        self.num_rows = self.num_tokens * self.top_k
+        self.gate_weight = view(gate_weight, "gate_weight")
+        check_shape(
+            self.gate_weight, "gate_weight", "[num_experts, d_model]", self.num_experts, self.hidden
+        )
+        check_device(self.gate_weight, "gate_weight", self.x, "x")
+        self.router_dtype = router_dtype(self.x)
+        check_dtype(self.gate_weight, "gate_weight", (self.x.dtype, self.router_dtype))
+        self.w_up = view(w_up, "w_up")
+        check_shape(
+            self.w_up, "w_up", "[num_experts, ffn_dim, d_model]",
+            self.num_experts, 2 * self.intermediate, self.hidden,
+        )
+        check_like(self.w_up, "w_up", self.x, "x")
+        self.w_down = view(w_down, "w_down")
+        check_shape(
+            self.w_down, "w_down", "[num_experts, d_model, ffn_dim // 2]",
+            self.num_experts, self.hidden, self.intermediate,
+        )
+        check_like(self.w_down, "w_down", self.x, "x")
+        self.router_input = self.x
+        if router_input is not None:
+            self.router_input = view(router_input, "router_input")
+            check_shape(
+                self.router_input, "router_input", "[T, d_model]", self.num_tokens, self.hidden
+            )
+            check_like(self.router_input, "router_input", self.x, "x")
+        self.space = space_of(x, self.x)
+        self.layout = routing_layout(
+            self.num_tokens, self.top_k, self.num_experts,
+            "float32" if self.router_dtype == FLOAT32 else "float64",
+        )
+
+
+def moe_forward(
+    x,
+    gate_weight,
+    w_up,
+    w_down,
+    config,
+    *,
+    router_input=None,
+    expert_bias=None,
+    valid_mask=None,
+    save_for_backward=True,
+    out=None,
+):
+    """The routed experts' output for every token. See moe.pyi for shapes, dtypes and errors."""
+    cdef _Inputs inputs = _Inputs(x, router_input, gate_weight, w_up, w_down, config)
+    cdef Space space = inputs.space
+    cdef int64_t T = inputs.num_tokens, R = inputs.num_rows, H = inputs.hidden
+    cdef int64_t I = inputs.intermediate, E = inputs.num_experts
+    cdef int dtype = inputs.x.dtype
+    cdef Array bias = None, mask = None, output, z = None
+    if expert_bias is not None:
+        bias = view(expert_bias, "expert_bias")
+        check_shape(bias, "expert_bias", "[num_experts]", E)
+        check_device(bias, "expert_bias", inputs.x, "x")
+        check_dtype(bias, "expert_bias", (<int>FLOAT32,))
+    if valid_mask is not None:
+        mask = view(valid_mask, "valid_mask")
+        check_shape(mask, "valid_mask", "[T]", T)
+        check_device(mask, "valid_mask", inputs.x, "x")
+        check_dtype(mask, "valid_mask", (<int>UINT8,))
+    if out is not None:
+        output = view(out, "out")
+        check_shape(output, "out", "[T, d_model]", T, H)
+        check_output(out, output, "out", inputs.x, "x")
+    else:
+        output = space.empty((T, H), dtype)
+    backend = backend_for(space)
+
+    cdef Array logits = space.empty((T, E), inputs.router_dtype)
+    cdef Array losses = space.empty((3,), inputs.router_dtype)
+    cdef Array block = space.empty((inputs.layout.nbytes,), UINT8)
+    cdef _Routing routing = _Routing(block, inputs.layout)
+    plan = routing.plan
+    backend.gate_logits(space, inputs.router_input, inputs.gate_weight, logits)
+    if os.environ.get("FFMOE_CHECK") == "1":
+        _check_finite(space, logits)
+    backend.route(
+        space, config, logits, bias, mask, plan.topk_idx, plan.topk_weights, routing.tokens_per_expert, losses
+    )
+    capacity = config.capacity(T)
+    if capacity is None:
+        capacity = -1
+    elif not config.allow_dropped_tokens:
+        _check_capacity(space, routing.tokens_per_expert, capacity)
+    backend.sort(
+        space, plan.topk_idx, plan.topk_weights, capacity, config.drop_policy,
+        plan.expert_offsets, plan.row_token, plan.row_weights, plan.token_rows,
+    )
+
+    if save_for_backward and not config.recompute_activations:
+        z = space.empty((R, 2 * I), dtype)
+    cdef Array a = space.empty((R, I), dtype)
+    backend.grouped_glu(
+        space, inputs.x, inputs.w_up, plan.expert_offsets, plan.row_token, config.activation, z, a
+    )
+    cdef Array y = space.empty((R, H), dtype)
+    backend.grouped_gemm(space, a, inputs.w_down, plan.expert_offsets, None, True, y)
+    a = None  # its memory can serve again before the call ends
+    backend.combine(space, y, plan.token_rows, plan.topk_weights, output)
+    return MoEResult(
+        out if out is not None else space.export(output),
+        space.export(losses),
+        space.export(logits),
+        None if z is None else space.export(z),
+        space.export(block),
+    )
+
+
+def moe_backward(
+    grad_output,
+    saved,
+    x,
+    gate_weight,
+    w_up,
+    w_down,
+    config,
+    *,
+    router_input=None,
+    grad_losses=None,
+):
+    """Every gradient of ``moe_forward``. See moe.pyi for shapes, dtypes and errors."""
+    cdef _Inputs inputs = _Inputs(x, router_input, gate_weight, w_up, w_down, config)
+    cdef Space space = inputs.space
+    cdef int64_t T = inputs.num_tokens, R = inputs.num_rows, H = inputs.hidden
+    cdef int64_t I = inputs.intermediate, E = inputs.num_experts
+    cdef int dtype = inputs.x.dtype, W = inputs.router_dtype
+    cdef Array d_out = view(grad_output, "grad_output")
+    check_shape(d_out, "grad_output", "[T, d_model]", T, H)
+    check_like(d_out, "grad_output", inputs.x, "x")
+    cdef Array logits = view(saved.logits, "saved.logits")
+    check_shape(logits, "saved.logits", "[T, num_experts]", T, E)
+    check_device(logits, "saved.logits", inputs.x, "x")
+    check_dtype(logits, "saved.logits", (W,))
+    cdef Array block = view(saved.routing, "saved.routing")
+    check_shape(block, "saved.routing", "[RoutingLayout.nbytes]", inputs.layout.nbytes)
+    check_device(block, "saved.routing", inputs.x, "x")
+    check_dtype(block, "saved.routing", (<int>UINT8,))
+    cdef Array d_losses = None, z, rows_scratch
+    if grad_losses is not None:
+        d_losses = view(grad_losses, "grad_losses")
+        check_shape(d_losses, "grad_losses", "[3]", 3)
+        check_device(d_losses, "grad_losses", inputs.x, "x")
+        check_dtype(d_losses, "grad_losses", (W,))
+    cdef _Routing routing = _Routing(block, inputs.layout)
+    plan = routing.plan
+    backend = backend_for(space)
+
+    cdef Array pa = space.empty((R, I), dtype)
+    if saved.z is not None:
+        z = view(saved.z, "saved.z")
+        check_shape(z, "saved.z", "[T * top_k, ffn_dim]", R, 2 * I)
+        check_like(z, "saved.z", inputs.x, "x")
+    else:
+        z = space.empty((R, 2 * I), dtype)
+        # pa takes the recomputed activations only to be overwritten by the next stage
+        backend.grouped_glu(
+            space, inputs.x, inputs.w_up, plan.expert_offsets, plan.row_token, config.activation, z, pa
+        )
+    cdef Array dz = space.empty((R, 2 * I), dtype)
+    cdef Array dp = space.empty((R,), W)
+    backend.grouped_glu_backward(
+        space, d_out, inputs.w_down, plan.expert_offsets, plan.row_token, plan.row_weights, z,
+        config.activation, dz, pa, dp,
+    )
+    z = None
+    cdef Array dw_down = space.empty((E, H, I), dtype)
+    backend.grouped_gemm_wgrad(space, d_out, pa, plan.expert_offsets, plan.row_token, None, dw_down)
+    pa = None
+    cdef Array dw_up = space.empty((E, 2 * I, H), dtype)
+    backend.grouped_gemm_wgrad(space, dz, inputs.x, plan.expert_offsets, None, plan.row_token, dw_up)
+    cdef Array dx_rows = space.empty((R, H), dtype)
+    backend.grouped_gemm(space, dz, inputs.w_up, plan.expert_offsets, None, False, dx_rows)
+    dz = None
+    cdef Array dx = space.empty((T, H), dtype)
+    backend.combine(space, dx_rows, plan.token_rows, None, dx)
+    dx_rows = None
+
+    cdef Array d_logits = space.empty((T, E), W)
+    backend.route_backward(
+        space, config, logits, plan.topk_idx, plan.topk_weights, routing.tokens_per_expert,
+        plan.token_rows, dp, d_losses, d_logits,
+    )
+    cdef Array d_gate = space.empty((E, H), inputs.gate_weight.dtype)
+    cdef bint own_input = router_input is None
+    cdef Array d_router = dx if own_input else space.empty((T, H), dtype)
+    backend.gate_backward(
+        space, d_logits, inputs.router_input, inputs.gate_weight, d_router, d_gate, own_input
+    )
+    return MoEGrads(
+        space.export(dx),
+        None if own_input else space.export(d_router),
+        space.export(d_gate),
+        space.export(dw_up),
+        space.export(dw_down),
+    )
+
+
+def _check_finite(Space space, Array logits):
+    """Checked mode: the router's logits must be finite. Waits for the device."""
+    finite = np.isfinite(space.to_host(logits)).all(axis=1)
+    if not finite.all():
+        tokens = np.flatnonzero(~finite)
+        raise NonFiniteError(
+            f"router_input (or gate_weight) gives NaN or infinite logits for {tokens.size} of "
+            f"{finite.size} tokens, the first is token {tokens[0]}"
+        )
+
+
+def _check_capacity(Space space, Array tokens_per_expert, capacity):
+    """An overflow of the bound is an error. Waits for the device."""
+    counts = space.to_host(tokens_per_expert)
+    over = np.flatnonzero(counts > capacity)
+    if over.size:
+        listed = ", ".join(f"expert {e}: {counts[e]} rows" for e in over[:8])
+        raise CapacityError(
+            f"{over.size} of {counts.size} experts got more than {capacity} rows ({listed}"
+            f"{', ...' if over.size > 8 else ''}); raise capacity_factor or max_tokens_per_expert, "
+            "or set allow_dropped_tokens=True"
+        )

@@ -1,0 +1,446 @@
+"""fused_moe, and the custom operators ``ffmoe::moe`` and ``ffmoe::moe_backward`` it is made of.
+
+The operators are the boundary to the runtime: each is one call of it, with torch's tensors as they are.
+What surrounds them here is what torch needs to know: shapes for tracing, the gradient, autocast, and which
+transforms cannot work.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ffmoe_core import MoEConfig, MoESaved, moe_backward, moe_forward, routing_layout
+from ffmoe_core.errors import DTypeError, ShapeError, UnsupportedError
+
+# The options of a MoEConfig that travel through an operator, in this order. The widths follow from the
+# weights, and recompute_activations is the operator's keep_activations=False.
+_OPTIONS = {
+    "top_k": "int",
+    "activation": "str",
+    "gating": "str",
+    "norm_topk_prob": "bool",
+    "routed_scaling_factor": "float",
+    "num_expert_groups": "int?",
+    "topk_groups": "int?",
+    "capacity_factor": "float?",
+    "max_tokens_per_expert": "int?",
+    "allow_dropped_tokens": "bool",
+    "drop_policy": "str",
+    "aux_loss_coeff": "float",
+    "z_loss_coeff": "float",
+}
+_OPTIONS_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _OPTIONS.items())
+_WEIGHTS_SCHEMA = "Tensor x, Tensor? router_input, Tensor gate_weight, Tensor w_up, Tensor w_down"
+
+Options = tuple[Any, ...]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # output, losses, logits, z, routing
+
+
+def fused_moe(
+    x: Tensor,
+    gate_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    top_k: int,
+    *,
+    activation: str = "swiglu",
+    gating: str = "softmax",
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+    num_expert_groups: int | None = None,
+    topk_groups: int | None = None,
+    capacity_factor: float | None = None,
+    max_tokens_per_expert: int | None = None,
+    allow_dropped_tokens: bool = True,
+    drop_policy: str = "position",
+    aux_loss_coeff: float = 0.0,
+    z_loss_coeff: float = 0.0,
+    recompute_activations: bool = False,
+    router_input: Tensor | None = None,
+    expert_bias: Tensor | None = None,
+    valid_mask: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A routed mixture of GLU experts as a function: ``(output, losses)``, both differentiable.
+
+    Parameters
+    ----------
+    x : [*, H] float32, float64, bfloat16 or float16, on a CPU or an NVIDIA GPU.
+    gate_weight : [E, H], dtype of x or float32.
+    w_up : [E, 2I, H], dtype of x; gate rows first, then up rows.
+    w_down : [E, H, I], dtype of x.
+    top_k : experts a token, 1 to E.
+    router_input : [*, H], dtype of x: what the gate reads instead of x.
+    expert_bias : [E] float32, added to the scores for the selection only; no gradient.
+    valid_mask : [*] bool: False marks a token to ignore; it gets no expert, a zero output and no part in
+        the losses.
+
+    The other options are those of ``ffmoe_core.MoEConfig``. Under autocast x, router_input and the weights
+    are cast to autocast's dtype; the router computes in float32 all the same (float64 for float64 x).
+
+    Returns
+    -------
+    output : [*, H], dtype of x.
+    losses : "aux_loss" where ``aux_loss_coeff > 0``, "z_loss" where ``z_loss_coeff > 0``: 0-d float32
+        (float64 for float64 x), times the coefficient.
+
+    Raises the errors of ``ffmoe_core.moe_forward``, and ConfigError for an option out of range. A second
+    derivative and the transforms of ``torch.func`` raise UnsupportedError.
+    """
+    if gate_weight.dim() != 2:
+        raise ShapeError(f"gate_weight has shape {tuple(gate_weight.shape)}; expected [num_experts, d_model]")
+    if w_down.dim() != 3:
+        raise ShapeError(
+            f"w_down has shape {tuple(w_down.shape)}; expected [num_experts, d_model, ffn_dim // 2]"
+        )
+    d_model = gate_weight.shape[1]
+    options = (
+        top_k,
+        activation,
+        gating,
+        norm_topk_prob,
+        routed_scaling_factor,
+        num_expert_groups,
+        topk_groups,
+        capacity_factor,
+        max_tokens_per_expert,
+        allow_dropped_tokens,
+        drop_policy,
+        aux_loss_coeff,
+        z_loss_coeff,
+    )
+    output, losses, *_ = routed_experts(
+        as_tokens(x, "x", d_model),
+        None if router_input is None else as_tokens(router_input, "router_input", d_model),
+        gate_weight,
+        w_up,
+        w_down,
+        expert_bias,
+        None if valid_mask is None else as_token_mask(valid_mask, x),
+        options,
+        recompute_activations,
+    )
+    return output.reshape(x.shape), losses_by_name(losses, aux_loss_coeff, z_loss_coeff)
+
+
+def options_of(config: MoEConfig) -> Options:
+    """The options of ``config`` in the operators' order."""
+    return tuple(getattr(config, name) for name in _OPTIONS)
+
+
+def as_tokens(x: Tensor, name: str, d_model: int) -> Tensor:
+    """x [*, H] as contiguous [T, H]."""
+    if x.dim() == 0 or x.shape[-1] != d_model:
+        raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected [*, d_model] with d_model={d_model}")
+    if x.dim() != 2:
+        x = x.reshape(-1, d_model)
+    return x.contiguous()
+
+
+def as_token_mask(valid_mask: Tensor, x: Tensor) -> Tensor:
+    """valid_mask [*] as contiguous [T], for x [*, H]."""
+    if valid_mask.dtype != torch.bool:
+        raise DTypeError(f"valid_mask has dtype {valid_mask.dtype}; expected torch.bool")
+    if valid_mask.shape != x.shape[:-1]:
+        raise ShapeError(
+            f"valid_mask has shape {tuple(valid_mask.shape)}; expected that of x without its last dimension, "
+            f"{tuple(x.shape[:-1])}"
+        )
+    return valid_mask.reshape(-1).contiguous()
+
+
+def routed_experts(
+    x: Tensor,
+    router_input: Tensor | None,
+    gate_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    expert_bias: Tensor | None,
+    valid_mask: Tensor | None,
+    options: Options,
+    recompute_activations: bool,
+) -> Outputs:
+    """``ffmoe::moe`` on x [T, H]; activations are kept only where a backward can follow and wants them."""
+    keep_activations = (
+        not recompute_activations
+        and torch.is_grad_enabled()
+        and (x.requires_grad or w_up.requires_grad or w_down.requires_grad or gate_weight.requires_grad)
+    )
+    outputs: Outputs = _moe(
+        x, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask, *options, keep_activations
+    )
+    return outputs
+
+
+def losses_by_name(losses: Tensor, aux_loss_coeff: float, z_loss_coeff: float) -> dict[str, Tensor]:
+    """The losses that have a coefficient, as 0-d tensors."""
+    named = {}
+    if aux_loss_coeff > 0:
+        named["aux_loss"] = losses[0]
+    if z_loss_coeff > 0:
+        named["z_loss"] = losses[1]
+    return named
+
+
+class InjectLosses(torch.autograd.Function):
+    """Passes ``output`` through, and gives every loss the gradient 1 in backward.
+
+    What ``(loss + sum(losses)).backward()`` does, without the losses having to reach the training loop.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, losses: Tensor) -> Tensor:
+        ctx.save_for_backward(losses)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (losses,) = ctx.saved_tensors
+        return grads[0], torch.ones_like(losses)
+
+
+# --- the operators ---
+
+_library = torch.library.Library("ffmoe", "DEF")
+# needs_exact_strides: the runtime takes contiguous arrays, and a compiler must not hand it others.
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+_library.define(
+    f"moe({_WEIGHTS_SCHEMA}, Tensor? expert_bias, Tensor? valid_mask, {_OPTIONS_SCHEMA}, "
+    "bool keep_activations) -> (Tensor output, Tensor losses, Tensor logits, Tensor z, Tensor routing)",
+    tags=_TAGS,
+)
+_library.define(
+    f"moe_backward(Tensor grad_output, Tensor? grad_losses, {_WEIGHTS_SCHEMA}, Tensor logits, Tensor? z, "
+    f"Tensor routing, {_OPTIONS_SCHEMA}) -> "
+    "(Tensor dx, Tensor d_router_input, Tensor d_gate_weight, Tensor dw_up, Tensor dw_down)",
+    tags=_TAGS,
+)
+_moe = torch.ops.ffmoe.moe.default
+_moe_backward = torch.ops.ffmoe.moe_backward.default
+
+
+@lru_cache(maxsize=256)
+def _config(d_model: int, intermediate: int, num_experts: int, options: Options) -> MoEConfig:
+    return MoEConfig(
+        d_model=d_model,
+        ffn_dim=2 * intermediate,
+        num_experts=num_experts,
+        **dict(zip(_OPTIONS, options, strict=True)),
+    )
+
+
+def _run_moe(
+    x: Tensor,
+    router_input: Tensor | None,
+    gate_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    expert_bias: Tensor | None,
+    valid_mask: Tensor | None,
+    *arguments: Any,
+) -> Outputs:
+    num_experts, d_model = gate_weight.shape
+    result = moe_forward(
+        x,
+        gate_weight,
+        w_up,
+        w_down,
+        _config(d_model, w_down.shape[2], num_experts, arguments[:-1]),
+        router_input=router_input,
+        expert_bias=expert_bias,
+        valid_mask=valid_mask,
+        save_for_backward=arguments[-1],
+    )
+    z = x.new_empty(0) if result.z is None else result.z
+    return result.output, result.losses, result.logits, z, result.routing
+
+
+def _run_moe_backward(
+    grad_output: Tensor,
+    grad_losses: Tensor | None,
+    x: Tensor,
+    router_input: Tensor | None,
+    gate_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    logits: Tensor,
+    z: Tensor | None,
+    routing: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_experts, d_model = gate_weight.shape
+    dx, d_router_input, d_gate_weight, dw_up, dw_down = moe_backward(
+        grad_output,
+        MoESaved(logits, z, routing),
+        x,
+        gate_weight,
+        w_up,
+        w_down,
+        _config(d_model, w_down.shape[2], num_experts, options),
+        router_input=router_input,
+        grad_losses=grad_losses,
+    )
+    if d_router_input is None:
+        d_router_input = x.new_empty(0)
+    return dx, d_router_input, d_gate_weight, dw_up, dw_down
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("moe", _run_moe, _device)
+    _library.impl("moe_backward", _run_moe_backward, _device)
+
+
+# --- shapes, for tracing ---
+
+
+@torch.library.register_fake("ffmoe::moe", lib=_library)
+def _fake_moe(
+    x: Tensor,
+    router_input: Tensor | None,
+    gate_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    expert_bias: Tensor | None,
+    valid_mask: Tensor | None,
+    top_k: int,
+    *arguments: Any,
+) -> Outputs:
+    num_tokens, num_experts, ffn_dim = x.shape[0], gate_weight.shape[0], 2 * w_down.shape[2]
+    router_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # around the cache: the number of tokens may be symbolic, which has no hash
+    layout = routing_layout.__wrapped__(
+        num_tokens, top_k, num_experts, "float64" if x.dtype == torch.float64 else "float32"
+    )
+    keep_activations = arguments[-1]
+    return (
+        torch.empty_like(x),
+        x.new_empty(3, dtype=router_dtype),
+        x.new_empty(num_tokens, num_experts, dtype=router_dtype),
+        x.new_empty(num_tokens * top_k, ffn_dim) if keep_activations else x.new_empty(0),
+        x.new_empty(layout.nbytes, dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("ffmoe::moe_backward", lib=_library)
+def _fake_moe_backward(
+    grad_output: Tensor,
+    grad_losses: Tensor | None,
+    x: Tensor,
+    router_input: Tensor | None,
+    gate_weight: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x),
+        x.new_empty(0) if router_input is None else torch.empty_like(router_input),
+        torch.empty_like(gate_weight),
+        torch.empty_like(w_up),
+        torch.empty_like(w_down),
+    )
+
+
+# --- gradients ---
+# torch.library.register_autograd would do, but for operators with this many options it spends 100 us of host
+# time a call on filling in the schema's defaults; these are the same registrations without that.
+
+
+class _MoE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Outputs:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: Outputs = _moe(*arguments)
+        keep_activations = arguments[-1]
+        _, _, logits, z, routing = outputs
+        ctx.save_for_backward(*arguments[:5], logits, z if keep_activations else None, routing)
+        ctx.options = arguments[7:-1]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(logits, z, routing)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad_output, grad_losses, *_ = grads
+        x, router_input, *rest = ctx.saved_tensors
+        dx, d_router_input, *d_weights = _moe_backward(
+            torch.zeros_like(x) if grad_output is None else grad_output.contiguous(),
+            grad_losses,
+            x,
+            router_input,
+            *rest,
+            *ctx.options,
+        )
+        wanted = ctx.needs_input_grad
+        gradients = (dx, d_router_input, *d_weights)
+        return tuple(
+            gradients[i] if i < len(gradients) and wanted[i] else None for i in range(len(wanted))
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise UnsupportedError("ffmoe has no forward-mode derivative; use reverse mode (backward)")
+
+
+class _MoEBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: tuple[Tensor, ...] = _moe_backward(*arguments)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise UnsupportedError(
+            "ffmoe has no second derivative: this backward pass goes through the gradient of a MoE layer "
+            "(create_graph=True, a gradient penalty or a Hessian)"
+        )
+
+
+def _differentiable(operator: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    def dispatch(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return dispatch
+
+
+_library.impl("moe", _differentiable(_moe, _MoE), "Autograd")
+_library.impl("moe_backward", _differentiable(_moe_backward, _MoEBackward), "Autograd")
+
+
+# --- autocast, and what cannot work ---
+
+
+def _autocasting(device_type: str) -> Callable[..., Outputs]:
+    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(dtype)
+
+    def dispatch(*arguments: Any) -> Outputs:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            outputs: Outputs = _moe(*(cast(tensor, dtype) for tensor in arguments[:5]), *arguments[5:])
+        return outputs
+
+    return dispatch
+
+
+_library.impl("moe", _autocasting("cpu"), "AutocastCPU")
+_library.impl("moe", _autocasting("cuda"), "AutocastCUDA")
+
+
+def _refuse_functorch(*arguments: Any) -> NoReturn:
+    raise UnsupportedError(
+        "ffmoe does not work under the transforms of torch.func (vmap, grad, jvp, functionalize, ...); "
+        "call it outside of them, and take gradients with torch.autograd"
+    )
+
+
+for _name in ("moe", "moe_backward"):
+    _library.impl(_name, _refuse_functorch, "FuncTorchDynamicLayerFrontMode")

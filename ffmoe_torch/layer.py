@@ -1,0 +1,308 @@
+"""MoELayer: the parameters and options of a mixture-of-experts layer. The arithmetic is elsewhere."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffmoe_core import MoEConfig, routing_layout
+from ffmoe_core.errors import ConfigError, DTypeError
+
+from .functional import (
+    InjectLosses,
+    as_token_mask,
+    as_tokens,
+    losses_by_name,
+    options_of,
+    routed_experts,
+)
+from .shared_expert import SharedExpert, start_beside
+from .stats import MoEStats, tokens_per_expert
+
+AUX_MODES = ("return", "inject")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class MoELayer(nn.Module):
+    """A mixture-of-experts feed-forward layer: ``output, losses = layer(x)``.
+
+    Parameters
+    ----------
+    d_model : width H of input and output.
+    ffn_dim : gate and up rows of an expert stacked, 2*I; even.
+    num_experts : routed experts E, 1 to 1024.
+    top_k : experts a token K, 1 to E.
+    activation : "swiglu", "geglu" (tanh approximation) or "relu_squared" (relu(gate)^2 * up).
+    gating : "softmax" or "sigmoid".
+    num_shared_experts : S experts that every token visits: one GLU block of intermediate width S*I, run
+        beside the routed ones on a GPU.
+    latent_dim : width L < H of the tokens between ranks; the experts see ``proj_up(proj_down(x))``, and what
+        they answer passes the same way. The gate reads x itself. None is off.
+    capacity_factor : an expert takes at most ceil(capacity_factor*T*K/E) rows of a call; None is dropless.
+    max_tokens_per_expert : a hard bound on an expert's rows; None is no bound.
+    allow_dropped_tokens : False turns an overflow of either bound into a CapacityError (which waits for the
+        device to know).
+    aux_loss_coeff, z_loss_coeff : coefficients of the load-balance loss and the router z-loss.
+    recompute_activations : keep nothing of the experts' inside for backward, compute it again there. Same
+        bits, less memory, more time.
+    norm_topk_prob : False keeps the selected scores as they are, True makes them sum to 1.
+    routed_scaling_factor : multiplies the routed weights.
+    num_expert_groups, topk_groups : only experts of the best ``topk_groups`` groups can be selected.
+    expert_bias : adds a buffer ``expert_bias`` [E] to the scores when selecting (not when weighing), for
+        ``update_expert_bias``. It is float32 whatever the layer's dtype.
+    drop_policy : an overfull expert keeps its first rows ("position") or its heaviest ("probs").
+    jitter : in training the gate reads x times a uniform number from 1-jitter to 1+jitter, element by
+        element, from torch's generator.
+    aux_mode : "return": the losses are to be added to the training loss. "inject": their gradient is added
+        in the output's backward, as if they had been, and those returned are for logging.
+    device, dtype : of the parameters. dtype is float32, float64, bfloat16 or float16.
+
+    Parameters are ``gate.weight`` [E, H], ``w_up`` [E, 2I, H] (gate rows first), ``w_down`` [E, H, I],
+    ``shared_expert.*``, ``proj_down.weight`` [L, H] and ``proj_up.weight`` [H, L].
+
+    Raises
+    ------
+    ConfigError : an option is out of range or unknown; the message names it and what would work.
+    """
+
+    _last: tuple[Tensor, Tensor] | None  # routing and losses of the last forward call, for stats()
+    expert_bias: Tensor | None
+    expert_counts: Tensor | None
+
+    def __init__(
+        self,
+        d_model: int,
+        ffn_dim: int,
+        num_experts: int,
+        top_k: int,
+        activation: str = "swiglu",
+        gating: str = "softmax",
+        num_shared_experts: int = 0,
+        latent_dim: int | None = None,
+        capacity_factor: float | None = None,
+        max_tokens_per_expert: int | None = None,
+        allow_dropped_tokens: bool = True,
+        aux_loss_coeff: float = 0.0,
+        z_loss_coeff: float = 0.0,
+        recompute_activations: bool = False,
+        *,
+        norm_topk_prob: bool = True,
+        routed_scaling_factor: float = 1.0,
+        num_expert_groups: int | None = None,
+        topk_groups: int | None = None,
+        expert_bias: bool = False,
+        drop_policy: str = "position",
+        jitter: float = 0.0,
+        aux_mode: str = "return",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        config = MoEConfig(
+            d_model=d_model,
+            ffn_dim=ffn_dim,
+            num_experts=num_experts,
+            top_k=top_k,
+            activation=activation,
+            gating=gating,
+            norm_topk_prob=norm_topk_prob,
+            routed_scaling_factor=routed_scaling_factor,
+            num_expert_groups=num_expert_groups,
+            topk_groups=topk_groups,
+            capacity_factor=capacity_factor,
+            max_tokens_per_expert=max_tokens_per_expert,
+            allow_dropped_tokens=allow_dropped_tokens,
+            drop_policy=drop_policy,
+            aux_loss_coeff=aux_loss_coeff,
+            z_loss_coeff=z_loss_coeff,
+            recompute_activations=recompute_activations,
+        )
+        _check_width("num_shared_experts", num_shared_experts, 0)
+        if latent_dim is not None:
+            _check_width("latent_dim", latent_dim, 1)
+        if not isinstance(jitter, int | float) or not 0 <= jitter < 1:
+            raise ConfigError(f"jitter={jitter!r} must be a number from 0 to below 1")
+        if aux_mode not in AUX_MODES:
+            raise ConfigError(f"aux_mode={aux_mode!r} is unknown; known: {', '.join(map(repr, AUX_MODES))}")
+        if dtype is not None and dtype not in DTYPES:
+            raise DTypeError(f"dtype={dtype} is not supported; supported: {', '.join(map(str, DTYPES))}")
+
+        self.config = config
+        self.d_model = d_model
+        self.ffn_dim = ffn_dim
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.num_shared_experts = num_shared_experts
+        self.latent_dim = latent_dim
+        self.jitter = jitter
+        self.aux_mode = aux_mode
+        self._options = options_of(config)
+        self._has_losses = aux_loss_coeff > 0 or z_loss_coeff > 0
+        self._last = None
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        intermediate = config.intermediate
+        self.gate = nn.Linear(d_model, num_experts, bias=False, **factory)
+        self.w_up = nn.Parameter(torch.empty(num_experts, ffn_dim, d_model, **factory))
+        self.w_down = nn.Parameter(torch.empty(num_experts, d_model, intermediate, **factory))
+        self.shared_expert = (
+            SharedExpert(d_model, num_shared_experts * intermediate, activation, **factory)
+            if num_shared_experts
+            else None
+        )
+        self.proj_down = self.proj_up = None
+        if latent_dim is not None:
+            self.proj_down = nn.Linear(d_model, latent_dim, bias=False, **factory)
+            self.proj_up = nn.Linear(latent_dim, d_model, bias=False, **factory)
+        bias = torch.empty(num_experts, dtype=torch.float32, device=device) if expert_bias else None
+        counts = torch.empty(num_experts, dtype=torch.int64, device=device) if expert_bias else None
+        self.register_buffer("expert_bias", bias)
+        # Not persistent: they are emptied every step, and what a checkpoint would lose is part of one step.
+        self.register_buffer("expert_counts", counts, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming-uniform with a=sqrt(5), each expert's matrices by themselves; the gate's times 0.01."""
+        nn.init.kaiming_uniform_(self.gate.weight, a=math.sqrt(5))
+        with torch.no_grad():
+            self.gate.weight.mul_(0.01)
+            for weights in (self.w_up, self.w_down):
+                for expert in weights:
+                    nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
+        for module in (self.shared_expert, self.proj_down, self.proj_up):
+            if module is not None:
+                module.reset_parameters()
+        for buffer in (self.expert_bias, self.expert_counts):
+            if buffer is not None:
+                buffer.zero_()
+
+    @property
+    def expert_params(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """``(w_up, w_down)``: the parameters that belong to single experts."""
+        return self.w_up, self.w_down
+
+    def forward(self, x: Tensor, valid_mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """``(output, losses)`` for x [*, H] of the parameters' dtype (under autocast any floating dtype).
+
+        ``valid_mask`` [*] bool: False marks a token to ignore. It visits no routed expert, which add zero to
+        its output then, and has no part in losses and statistics; shared experts treat all tokens alike.
+
+        ``output`` is [*, H]. ``losses`` holds "aux_loss" where ``aux_loss_coeff > 0`` and "z_loss" where
+        ``z_loss_coeff > 0``: 0-d float32 tensors (float64 for a float64 layer), times the coefficient, with
+        gradient unless ``aux_mode="inject"``.
+
+        Raises ShapeError, DTypeError and DeviceError for input that does not fit, CapacityError as
+        ``allow_dropped_tokens`` says, NonFiniteError in checked mode (``FFMOE_CHECK=1``), OutOfMemoryError
+        (the layer stays usable).
+        """
+        tokens = routed = as_tokens(x, "x", self.d_model)
+        mask = None if valid_mask is None else as_token_mask(valid_mask, x)
+        shared = None if self.shared_expert is None else start_beside(self.shared_expert, tokens)
+        router_input = None
+        if self.jitter and self.training:
+            noise = torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
+            router_input = tokens * noise
+        if self.latent_dim is not None:
+            router_input = tokens if router_input is None else router_input
+            routed = self._through_latent(tokens)
+
+        output, losses, _, _, routing = routed_experts(
+            routed,
+            router_input,
+            self.gate.weight,
+            self.w_up,
+            self.w_down,
+            self.expert_bias,
+            mask,
+            self._options,
+            self.config.recompute_activations,
+        )
+        self._last = (routing, losses.detach())
+        if self.expert_counts is not None and self.training:
+            self.expert_counts += tokens_per_expert(routing, self.num_experts)
+
+        if self.latent_dim is not None:
+            output = self._through_latent(output)
+        if shared is not None:
+            output = output + shared()
+        if self._has_losses and self.aux_mode == "inject":
+            output = InjectLosses.apply(output, losses)
+            losses = losses.detach()
+        config = self.config
+        return output.view(x.shape), losses_by_name(losses, config.aux_loss_coeff, config.z_loss_coeff)
+
+    def _through_latent(self, x: Tensor) -> Tensor:
+        return self.proj_up(self.proj_down(x))
+
+    def stats(self) -> MoEStats:
+        """Statistics of the last forward call; of a call without tokens where there was none.
+
+        Does not wait for the device; reading an attribute of the result does.
+        """
+        if self._last is None:
+            empty = torch.zeros(routing_layout(0, self.top_k, self.num_experts).nbytes, dtype=torch.uint8)
+            return MoEStats(empty, torch.zeros(3), self.num_experts)
+        return MoEStats(*self._last, self.num_experts)
+
+    @torch.no_grad()
+    def update_expert_bias(self, rate: float) -> None:
+        """Move each expert's bias by ``rate`` towards balance, and count from zero again.
+
+        ``expert_bias += rate * sign(mean - count)`` with the tokens that training calls routed to each expert
+        since the last update (DeepSeek-V3's balancing without a loss). To be called between an optimizer
+        step and the next forward. Under activation checkpointing tokens are counted twice, which changes no
+        sign. Does not wait for the device.
+
+        Raises ConfigError for a layer made without ``expert_bias=True``.
+        """
+        if self.expert_bias is None or self.expert_counts is None:
+            raise ConfigError("update_expert_bias needs a layer made with expert_bias=True")
+        counts = self.expert_counts
+        # in integers, as the sign of a rounded mean minus a count could be wrong
+        signs = torch.sign(counts.sum() - self.num_experts * counts)
+        self.expert_bias.add_(signs.to(torch.float32), alpha=rate)
+        counts.zero_()
+
+    def extra_repr(self) -> str:
+        named = {
+            "d_model": self.d_model,
+            "ffn_dim": self.ffn_dim,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in (named | self._options_set()).items())
+
+    def _options_set(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        config, default = self.config, MoEConfig(d_model=1, ffn_dim=2, num_experts=1, top_k=1)
+        names = [name for name in config.__dataclass_fields__ if getattr(config, name) != getattr(default, name)]
+        options = {name: getattr(config, name) for name in names if not hasattr(self, name)}
+        if self.num_shared_experts:
+            options["num_shared_experts"] = self.num_shared_experts
+        if self.latent_dim is not None:
+            options["latent_dim"] = self.latent_dim
+        if self.expert_bias is not None:
+            options["expert_bias"] = True
+        if self.jitter:
+            options["jitter"] = self.jitter
+        if self.aux_mode != "return":
+            options["aux_mode"] = self.aux_mode
+        return options
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoELayer":
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias.dtype != torch.float32:
+            # .to(bfloat16) and .half() mean the weights; a bias in steps of 0.001 would be rounded away
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_last": None}
+
+
+def _check_width(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name}={value!r} must be an int of at least {low}")

@@ -1,0 +1,59 @@
+"""Every backend under the same test bodies: the ``kind`` fixture. And how hypothesis searches."""
+
+import functools
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.support import CupyKind, NumpyKind
+
+# The same examples every run; time limits would only make a busy machine fail.
+settings.register_profile(
+    "ffmoe",
+    derandomize=True,
+    deadline=None,
+    max_examples=100,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("ffmoe")
+
+# Tests choose checked mode themselves, whatever the environment says.
+os.environ.pop("FFMOE_CHECK", None)
+
+
+@functools.cache
+def missing_gpu() -> str:
+    """Why nothing can run on a GPU here; empty where it can."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f"CuPy cannot be imported ({error})"
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+        cupy.zeros(1).sum()
+    except Exception as error:  # whatever a broken driver raises is the reason
+        return f"no usable NVIDIA GPU ({error})"
+    return ""
+
+
+def pytest_runtest_setup(item):
+    """Tests marked gpu are skipped where there is none; FFMOE_REQUIRE_GPU=1 makes that a failure."""
+    if item.get_closest_marker("gpu") is None or not missing_gpu():
+        return
+    if os.environ.get("FFMOE_REQUIRE_GPU") == "1":
+        pytest.fail(f"FFMOE_REQUIRE_GPU=1 but {missing_gpu()}", pytrace=False)
+    pytest.skip(missing_gpu())
+
+
+@pytest.fixture(scope="session", params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def kind(request):
+    """One kind of array, and with it one backend."""
+    return NumpyKind() if request.param == "numpy" else CupyKind()
+
+
+@pytest.fixture(scope="session")
+def cupy_kind():
+    """CuPy's arrays, for tests marked gpu."""
+    return CupyKind()

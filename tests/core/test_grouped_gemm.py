@@ -1,0 +1,272 @@
+"""The grouped products, plain and fused with the activation and its gradient."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ffmoe_core import grouped_gemm, grouped_gemm_wgrad
+from tests import reference
+from tests.core.checks import call_stage
+from tests.support import DTYPES, TOLERANCE, assert_close, numbers, rounded, router_dtype
+
+ACTIVATIONS = ("swiglu", "geglu", "relu_squared")
+# One rounding to the dtype, and the errors of float32 (float64) arithmetic before it.
+ONE_ROUNDING = {
+    "float64": (0, 1e-13),
+    "float32": (0, 2e-6),
+    "float16": (1.02 * 2**-11, 2e-6),
+    "bfloat16": (1.02 * 2**-8, 2e-6),
+}
+
+
+def assert_rounded_once(got, want, dtype, what):
+    """Every element is off by one rounding at most, as results computed in float32 are."""
+    relative, slack = ONE_ROUNDING[dtype]
+    error = np.abs(got - want) - relative * np.abs(want)
+    assert np.isfinite(got).all(), what
+    assert np.max(error, initial=0) <= slack * np.max(np.abs(want), initial=0), what
+
+
+@st.composite
+def groups(draw, max_experts=6, sizes=(0, 0, 1, 2, 7, 40, 130)):
+    """expert_offsets, and the number of rows (some may belong to no group)."""
+    counts = draw(st.lists(st.sampled_from(sizes), min_size=1, max_size=max_experts))
+    return np.cumsum([0, *counts]), sum(counts) + draw(st.sampled_from([0, 0, 3]))
+
+
+widths = st.sampled_from([1, 2, 5, 8, 16, 17, 33, 64, 72, 130])
+
+
+def whole_numbers(rng, *shape):
+    """Products of these sum to what float32 holds exactly."""
+    return rng.integers(-4, 5, shape).astype(float)
+
+
+@given(
+    group=groups(),
+    inner=widths,
+    columns=widths,
+    transpose_b=st.booleans(),
+    indexed=st.booleans(),
+    given_out=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_grouped_gemm_is_exact(kind, group, inner, columns, transpose_b, indexed, given_out, dtype, seed):
+    """Products of small whole numbers: no rounding but the result's, whatever the order of the sum."""
+    offsets, rows = group
+    rng = np.random.default_rng(seed)
+    index = rng.integers(0, 9, rows) if indexed else None
+    a = whole_numbers(rng, 9 if indexed else rows, inner)
+    b = whole_numbers(rng, len(offsets) - 1, *((columns, inner) if transpose_b else (inner, columns)))
+    out = kind.full((rows, columns), np.nan, dtype) if given_out else None
+    got = grouped_gemm(
+        kind.array(a, dtype),
+        kind.array(b, dtype),
+        kind.array(offsets, "int32"),
+        row_index=None if index is None else kind.array(index, "int32"),
+        transpose_b=transpose_b,
+        out=out,
+    )
+    assert (got is out) if given_out else kind.is_kind(got)
+    want = reference.grouped_gemm(a, b, offsets, index, transpose_b)
+    assert numbers(kind, got).tolist() == rounded(want, dtype).tolist()
+
+
+@given(
+    group=groups(),
+    left=widths,
+    right=widths,
+    left_indexed=st.booleans(),
+    right_indexed=st.booleans(),
+    given_out=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_wgrad_is_exact(kind, group, left, right, left_indexed, right_indexed, given_out, dtype, seed):
+    offsets, rows = group
+    rng = np.random.default_rng(seed)
+    a_index = rng.integers(0, 9, rows) if left_indexed else None
+    b_index = rng.integers(0, 7, rows) if right_indexed else None
+    a = whole_numbers(rng, 9 if left_indexed else rows, left)
+    b = whole_numbers(rng, 7 if right_indexed else rows, right)
+    out = kind.full((len(offsets) - 1, left, right), np.nan, dtype) if given_out else None
+    got = grouped_gemm_wgrad(
+        kind.array(a, dtype),
+        kind.array(b, dtype),
+        kind.array(offsets, "int32"),
+        a_index=None if a_index is None else kind.array(a_index, "int32"),
+        b_index=None if b_index is None else kind.array(b_index, "int32"),
+        out=out,
+    )
+    assert (got is out) if given_out else kind.is_kind(got)
+    want = reference.grouped_gemm_wgrad(a, b, offsets, a_index, b_index)
+    assert numbers(kind, got).tolist() == rounded(want, dtype).tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inner", "columns"), [(96, 80), (77, 45)])
+def test_products_round_once(kind, inner, columns, dtype):
+    """Random numbers: float32 products and sums (never TF32 or 16 bits), rounded once."""
+    rng = np.random.default_rng(0)
+    offsets, rows = np.array([0, 50, 50, 53, 200]), 200
+    a = rounded(rng.standard_normal((rows, inner)), dtype)
+    b = rounded(rng.standard_normal((4, columns, inner)), dtype)
+    c = rounded(rng.standard_normal((rows, columns)), dtype)
+    device = {"a": kind.array(a, dtype), "b": kind.array(b, dtype), "c": kind.array(c, dtype)}
+    where = kind.array(offsets, "int32")
+    assert_rounded_once(
+        numbers(kind, grouped_gemm(device["a"], device["b"], where)),
+        reference.grouped_gemm(a, b, offsets),
+        dtype,
+        "a b^T",
+    )
+    assert_rounded_once(
+        numbers(kind, grouped_gemm(device["c"], device["b"], where, transpose_b=False)),
+        reference.grouped_gemm(c, b, offsets, transpose_b=False),
+        dtype,
+        "c b",
+    )
+    assert_rounded_once(
+        numbers(kind, grouped_gemm_wgrad(device["c"], device["a"], where)),
+        reference.grouped_gemm_wgrad(c, a, offsets),
+        dtype,
+        "c^T a",
+    )
+
+
+def test_many_rows_and_wide_experts(kind):
+    """Several tiles in every direction, exactly."""
+    rng = np.random.default_rng(2)
+    offsets, index = np.array([0, 700, 701, 1500]), rng.integers(0, 600, 1500)
+    x, w, g = whole_numbers(rng, 600, 300), whole_numbers(rng, 3, 290, 300), whole_numbers(rng, 1500, 290)
+    a, b, c = (kind.array(v, "float32") for v in (x, w, g))
+    where, rows = kind.array(offsets, "int32"), kind.array(index, "int32")
+    expert = np.repeat(np.arange(3), np.diff(offsets))
+    got = numbers(kind, grouped_gemm(a, b, where, row_index=rows))
+    for e in range(3):
+        assert (got[expert == e] == x[index[expert == e]] @ w[e].T).all()
+    got = numbers(kind, grouped_gemm_wgrad(c, a, where, b_index=rows))
+    for e in range(3):
+        assert (got[e] == g[expert == e].T @ x[index[expert == e]]).all()
+
+
+@st.composite
+def glu_cases(draw):
+    """Numbers of a GLU stage: groups, tokens, widths, activation, dtype."""
+    offsets, rows = draw(groups(max_experts=4, sizes=(0, 1, 5, 33)))
+    return (
+        offsets,
+        rows,
+        draw(st.sampled_from([1, 7, 8, 40])),
+        draw(st.sampled_from([1, 3, 8, 24, 65])),
+        draw(st.sampled_from(ACTIVATIONS)),
+        draw(st.sampled_from(DTYPES)),
+        np.random.default_rng(draw(st.integers(0, 99))),
+    )
+
+
+@given(case=glu_cases(), keep_z=st.booleans())
+def test_glu(kind, case, keep_z):
+    """Both outputs are rounded once: a comes from the unrounded z."""
+    offsets, rows, hidden, width, activation, dtype, rng = case
+    x = rounded(rng.standard_normal((6, hidden)), dtype)
+    w_up = rounded(rng.standard_normal((len(offsets) - 1, 2 * width, hidden)) / hidden**0.5, dtype)
+    index = rng.integers(0, 6, rows)
+    z = kind.full((rows, 2 * width), np.nan, dtype) if keep_z else None
+    a = kind.full((rows, width), np.nan, dtype)
+    call_stage(
+        kind,
+        "grouped_glu",
+        kind.array(x, dtype),
+        kind.array(w_up, dtype),
+        kind.array(offsets, "int32"),
+        kind.array(index, "int32"),
+        activation,
+        z,
+        a,
+    )
+    want_z, want_a = reference.grouped_glu(x, w_up, offsets, index, activation)
+    assert_rounded_once(numbers(kind, a), want_a, dtype, "a")
+    assert (numbers(kind, a)[offsets[-1] :] == 0).all()
+    if keep_z:
+        assert_rounded_once(numbers(kind, z), want_z, dtype, "z")
+        assert (numbers(kind, z)[offsets[-1] :] == 0).all()
+
+
+@given(case=glu_cases())
+def test_glu_backward(kind, case):
+    offsets, rows, hidden, width, activation, dtype, rng = case
+    W = router_dtype(dtype)
+    d_out = rounded(rng.standard_normal((6, hidden)), dtype)
+    w_down = rounded(rng.standard_normal((len(offsets) - 1, hidden, width)) / hidden**0.5, dtype)
+    index, weights = rng.integers(0, 6, rows), rounded(rng.random(rows), W)
+    z = rounded(2 * rng.standard_normal((rows, 2 * width)), dtype)
+    dz, pa = kind.full(z.shape, np.nan, dtype), kind.full((rows, width), np.nan, dtype)
+    dp = kind.full((rows,), np.nan, W)
+    call_stage(
+        kind,
+        "grouped_glu_backward",
+        kind.array(d_out, dtype),
+        kind.array(w_down, dtype),
+        kind.array(offsets, "int32"),
+        kind.array(index, "int32"),
+        kind.array(weights, W),
+        kind.array(z, dtype),
+        activation,
+        dz,
+        pa,
+        dp,
+    )
+    wanted = reference.grouped_glu_backward(d_out, w_down, offsets, index, weights, z, activation)
+    for got, want, name in zip((dz, pa), wanted[:2], ("dz", "pa"), strict=True):
+        assert_rounded_once(numbers(kind, got), want, dtype, name)
+        assert (numbers(kind, got)[offsets[-1] :] == 0).all()
+    assert_close(numbers(kind, dp), wanted[2], W, "dp", scale=1.0)
+    assert (numbers(kind, dp)[offsets[-1] :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_far_out(kind, activation, dtype):
+    """The activation and its slope where exp and tanh overflow or saturate."""
+    gate = rounded(
+        [-300, -90, -40, -20, -9, -6, -3, -1, -1e-3, 0, 1e-3, 0.5, 1, 3, 6, 9, 20, 40, 90, 150], dtype
+    )
+    I, W = len(gate), router_dtype(dtype)
+    z = np.concatenate([gate, np.ones(I)])[None]
+    dz, pa, dp = kind.full((1, 2 * I), np.nan, dtype), kind.full((1, I), np.nan, dtype), kind.full((1,), np.nan, W)
+    call_stage(
+        kind,
+        "grouped_glu_backward",
+        kind.array(np.ones((1, 1)), dtype),
+        kind.array(np.ones((1, 1, I)), dtype),
+        kind.array([0, 1], "int32"),
+        kind.array([0], "int32"),
+        kind.array([1.0], W),
+        kind.array(z, dtype),
+        activation,
+        dz,
+        pa,
+        dp,
+    )
+    act, slope = reference.activate(activation, gate)
+    got = numbers(kind, dz)[0]
+    relative, worst = TOLERANCE[dtype]
+    for name, result, want in (("slope", got[:I], slope), ("act", got[I:], act), ("pa", numbers(kind, pa)[0], act)):
+        # element by element: each has its own size; near 0 the result's own granularity
+        error = np.abs(result - want)
+        assert (error <= relative * np.abs(want) + relative * 1e-2).all(), (name, gate[np.argmax(error)])
+    assert_close(numbers(kind, dp), np.array([act.sum()]), W, "dp")
+
+
+def test_nothing_to_do(kind):
+    """No rows, no columns to sum, no groups with rows: shapes still hold, and results are zeros."""
+    where = kind.array([0, 0, 0], "int32")
+    b = kind.array(np.ones((2, 5, 3)), "float32")
+    assert grouped_gemm(kind.array(np.ones((0, 3)), "float32"), b, where).shape == (0, 5)
+    rows = grouped_gemm(kind.array(np.ones((4, 3)), "float32"), b, where)
+    assert numbers(kind, rows).tolist() == np.zeros((4, 5)).tolist()
+    empty = kind.array(np.ones((0, 3)), "float32")
+    assert numbers(kind, grouped_gemm_wgrad(empty, empty, where)).tolist() == np.zeros((2, 3, 3)).tolist()

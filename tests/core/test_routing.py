@@ -1,0 +1,294 @@
+"""From tokens to experts: selection, weights, losses, and their gradients."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ffmoe_core import MoEConfig, route
+from tests import reference
+from tests.core.checks import call_stage, check_selection
+from tests.support import DTYPES, assert_close, numbers, random_layer, router_dtype
+
+
+@st.composite
+def router_configs(draw, max_experts=12):
+    """Any router: experts, groups, gating, weights, losses."""
+    group_size = draw(st.integers(1, 4))
+    groups = draw(st.integers(1, max(1, max_experts // group_size)))
+    experts = group_size * groups
+    best = draw(st.integers(1, groups))
+    grouped = draw(st.booleans())
+    return MoEConfig(
+        d_model=draw(st.integers(1, 40)),
+        ffn_dim=2,
+        num_experts=experts,
+        top_k=draw(st.integers(1, best * group_size if grouped else experts)),
+        gating=draw(st.sampled_from(["softmax", "sigmoid"])),
+        norm_topk_prob=draw(st.booleans()),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+        num_expert_groups=groups if grouped else None,
+        topk_groups=best if grouped else None,
+        aux_loss_coeff=draw(st.sampled_from([0.0, 0.01])),
+        z_loss_coeff=draw(st.sampled_from([0.0, 0.001])),
+    )
+
+
+def stage_route(kind, config, logits, dtype="float32", *, expert_bias=None, valid_mask=None):
+    """The route stage on given logits: topk_idx, topk_weights, tokens_per_expert, losses (kind's arrays)."""
+    T, K, E = len(logits), config.top_k, config.num_experts
+    outputs = (
+        kind.full((T, K), 77, "int32"),
+        kind.full((T, K), np.nan, dtype),
+        kind.full((E,), 77, "int32"),
+        kind.full((3,), np.nan, dtype),
+    )
+    call_stage(
+        kind,
+        "route",
+        config,
+        kind.array(logits, dtype),
+        None if expert_bias is None else kind.array(expert_bias, "float32"),
+        None if valid_mask is None else kind.array(valid_mask, "uint8"),
+        *outputs,
+    )
+    return outputs
+
+
+@given(
+    config=router_configs(),
+    num_tokens=st.integers(0, 20),
+    dtype=st.sampled_from(DTYPES),
+    float32_gate=st.booleans(),
+    biased=st.booleans(),
+    masked=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_route_matches_the_reference(kind, config, num_tokens, dtype, float32_gate, biased, masked, seed):
+    W = router_dtype(dtype)
+    gate_dtype = W if float32_gate else dtype
+    layer = random_layer(config, num_tokens, dtype, seed=seed, gate_dtype=gate_dtype)
+    bias = layer.expert_bias if biased else None
+    mask = layer.valid_mask if masked else None
+    got = route(
+        kind.array(layer.x, dtype),
+        kind.array(layer.gate_weight, gate_dtype),
+        config,
+        expert_bias=None if bias is None else kind.array(bias, "float32"),
+        valid_mask=None if mask is None else kind.array(mask, "bool"),
+    )
+    assert all(kind.is_kind(part) for part in got)
+    assert kind.host(got.topk_idx).dtype == np.int32
+    assert kind.host(got.tokens_per_expert).dtype == np.int32
+    assert kind.host(got.topk_weights).dtype == kind.host(got.logits).dtype == kind.host(got.losses).dtype == W
+    logits, topk_idx = numbers(kind, got.logits), numbers(kind, got.topk_idx)
+    assert_close(logits, layer.x @ layer.gate_weight.T, W, "logits")
+    valid = np.ones(num_tokens, dtype=bool) if mask is None else mask
+    weights = np.zeros((num_tokens, config.top_k))
+    for t in range(num_tokens):
+        if valid[t]:
+            check_selection(config, logits[t], topk_idx[t], bias, W)
+            weights[t] = reference.weigh(config, logits[t], topk_idx[t])
+        else:
+            assert (topk_idx[t] == -1).all()
+    assert_close(numbers(kind, got.topk_weights), weights, W, "weights")
+    counts = reference.count(topk_idx, config.num_experts)
+    assert numbers(kind, got.tokens_per_expert).tolist() == counts.tolist()
+    losses = reference.router_losses(config, logits, counts, valid)
+    for i, name in enumerate(("aux loss", "z-loss", "entropy")):
+        np.testing.assert_allclose(
+            numbers(kind, got.losses)[i], losses[i], rtol=1e-12 if W == "float64" else 3e-6, err_msg=name,
+            atol=1e-15 if W == "float64" else 1e-7,  # the entropy of one expert is 0, and sums round
+        )
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("groups", [None, (4, 2), (16, 9), (2, 1)])
+@pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
+def test_ties_go_to_the_lower_index(kind, gating, groups, biased):
+    """Logits of three values tie everywhere: experts within groups, and whole groups."""
+    G, best = groups or (None, None)
+    config = MoEConfig(
+        d_model=1, ffn_dim=2, num_experts=16, top_k=8, gating=gating, num_expert_groups=G, topk_groups=best
+    )
+    rng = np.random.default_rng(5)
+    logits = rng.integers(0, 3, (60, 16)).astype(float)
+    bias = rng.integers(0, 2, 16).astype(float) if biased else None
+    topk_idx = numbers(kind, stage_route(kind, config, logits, expert_bias=bias)[0])
+    for t in range(len(logits)):
+        assert topk_idx[t].tolist() == reference.select(config, logits[t], bias)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (2, 2), (31, 31), (33, 5), (64, 64), (257, 3), (1024, 8)])
+def test_any_number_of_experts(kind, experts, top_k):
+    config = MoEConfig(d_model=1, ffn_dim=2, num_experts=experts, top_k=top_k, z_loss_coeff=1.0)
+    rng = np.random.default_rng(experts)
+    logits = np.float32(rng.standard_normal((9, experts))).astype(float)
+    idx, weights, counts, losses = (numbers(kind, part) for part in stage_route(kind, config, logits))
+    assert idx.tolist() == [reference.select(config, row) for row in logits]
+    assert_close(weights, np.array([reference.weigh(config, row, i) for row, i in zip(logits, idx, strict=True)]),
+                 "float32", "weights")
+    assert counts.tolist() == reference.count(idx, experts).tolist()
+    want = reference.router_losses(config, logits, counts, [True] * 9)
+    np.testing.assert_allclose(losses, want, rtol=3e-6, atol=1e-7)
+
+
+def test_every_expert_of_1024_can_be_chosen(kind):
+    config = MoEConfig(d_model=1, ffn_dim=2, num_experts=1024, top_k=1024)
+    order = np.random.default_rng(0).permutation(1024)
+    idx, weights, *_ = (numbers(kind, part) for part in stage_route(kind, config, order[None] / 64.0))
+    assert idx[0].tolist() == np.argsort(-order).tolist()
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_expert_groups": 4, "topk_groups": 2}])
+@pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_non_finite_logits_still_choose_real_experts(kind, gating, options, biased):
+    config = MoEConfig(d_model=1, ffn_dim=2, num_experts=8, top_k=4, gating=gating, **options)
+    nan, inf = np.nan, np.inf
+    logits = np.array(
+        [
+            [nan] * 8,
+            [inf] * 8,
+            [-inf] * 8,
+            [nan, inf, -inf, 0, nan, inf, -inf, 0],
+            [nan, nan, nan, nan, nan, nan, nan, 1],
+            [-inf, -inf, -inf, -inf, -inf, -inf, nan, nan],
+            [0, 1, 2, 3, 4, 5, 6, 7],
+        ]
+    )
+    bias = np.zeros(8) if biased else None
+    idx, _, counts, _ = (numbers(kind, part) for part in stage_route(kind, config, logits, expert_bias=bias))
+    assert ((idx >= 0) & (idx < 8)).all()
+    assert all(len(set(row)) == 4 for row in idx)
+    assert counts.tolist() == reference.count(idx, 8).tolist()
+    assert idx[6].tolist() == [7, 6, 5, 4]
+    if not options and not biased:  # NaN ranks as -inf, and ties go to the lower index
+        assert idx.tolist()[:6] == [
+            [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [1, 5, 3, 7], [7, 0, 1, 2], [0, 1, 2, 3]
+        ]
+
+
+@pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("shift", [-300.0, -90.0, 90.0, 3000.0])
+def test_large_logits_neither_overflow_nor_vanish(kind, gating, shift):
+    """The weights of scores that float32 cannot hold are still right, and so are their gradients."""
+    config = MoEConfig(
+        d_model=1, ffn_dim=2, num_experts=6, top_k=3, gating=gating, aux_loss_coeff=1.0, z_loss_coeff=1.0
+    )
+    rng = np.random.default_rng(0)
+    logits = np.float32(rng.standard_normal((5, 6)) + shift).astype(float)
+    idx, weights, counts, losses = outputs = [
+        numbers(kind, part) for part in stage_route(kind, config, logits)
+    ]
+    want = np.array([reference.weigh(config, row, i) for row, i in zip(logits, idx, strict=True)])
+    assert_close(weights, want, "float32", "weights")
+    np.testing.assert_allclose(
+        losses, reference.router_losses(config, logits, counts, [True] * 5), rtol=1e-5
+    )
+    grad_losses = np.array([0.5, 2.0, 9.0])
+    got, want = route_backward(kind, config, logits, outputs, grad_losses, rng)
+    assert_close(got, want, "float32", "gradient of the logits")
+
+
+def route_backward(kind, config, logits, outputs, grad_losses, rng, valid=None, kept=None, dtype="float32"):
+    """The gradient of the logits from the stage and from the reference."""
+    idx, weights, counts, _ = outputs
+    T, K = idx.shape
+    valid = np.ones(T, dtype=bool) if valid is None else valid
+    kept = reference.keep(idx, weights, config.num_experts) if kept is None else kept
+    token_rows = reference.sort(idx, weights, config.num_experts, kept).token_rows
+    dp_rows = np.asarray(rng.standard_normal(T * K), dtype=dtype).astype(float)
+    d_logits = kind.full(logits.shape, np.nan, dtype)
+    call_stage(
+        kind,
+        "route_backward",
+        config,
+        kind.array(logits, dtype),
+        kind.array(idx, "int32"),
+        kind.array(weights, dtype),
+        kind.array(counts, "int32"),
+        kind.array(token_rows, "int32"),
+        kind.array(dp_rows, dtype),
+        None if grad_losses is None else kind.array(grad_losses, dtype),
+        d_logits,
+    )
+    want = np.zeros(logits.shape)
+    if valid.any():
+        want = reference.router_losses_backward(
+            config, logits, counts, valid, np.zeros(3) if grad_losses is None else grad_losses
+        )
+    for t in range(T):
+        if valid[t]:
+            dp = np.where(kept[t], dp_rows[token_rows[t]], 0)
+            want[t] += reference.weigh_backward(config, logits[t], idx[t], dp)
+    return numbers(kind, d_logits), want
+
+
+@given(
+    config=router_configs(),
+    num_tokens=st.integers(0, 20),
+    dtype=st.sampled_from(["float32", "float64"]),
+    masked=st.booleans(),
+    limit=st.sampled_from([None, 2]),
+    with_losses=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_gradient_of_the_logits(kind, config, num_tokens, dtype, masked, limit, with_losses, seed):
+    rng = np.random.default_rng(seed)
+    logits = np.asarray(2 * rng.standard_normal((num_tokens, config.num_experts)), dtype=dtype).astype(float)
+    valid = rng.random(num_tokens) < 0.7 if masked else np.ones(num_tokens, dtype=bool)
+    outputs = [numbers(kind, part) for part in stage_route(kind, config, logits, dtype, valid_mask=valid)]
+    kept = reference.keep(outputs[0], outputs[1], config.num_experts, limit)
+    grad_losses = np.array([30.0, -200.0, 1e6]) if with_losses else None
+    got, want = route_backward(kind, config, logits, outputs, grad_losses, rng, valid, kept, dtype)
+    assert (got[~valid] == 0).all()
+    # where one expert is all there is, gradients cancel to rounding noise of terms of size 1
+    bound = 1e-12 if dtype == "float64" else 5e-6
+    assert np.max(np.abs(got - want), initial=0) <= bound * max(np.max(np.abs(want), initial=0), 1)
+
+
+def test_no_valid_token_is_no_loss(kind):
+    config = MoEConfig(
+        d_model=1, ffn_dim=2, num_experts=4, top_k=2, aux_loss_coeff=1.0, z_loss_coeff=1.0
+    )
+    for logits in (np.ones((3, 4)), np.ones((0, 4))):
+        outputs = [
+            numbers(kind, part)
+            for part in stage_route(kind, config, logits, valid_mask=np.zeros(len(logits)))
+        ]
+        assert (outputs[0] == -1).all()
+        for part in outputs[1:]:
+            assert (part == 0).all()
+        got, _ = route_backward(
+            kind, config, logits, outputs, np.ones(3), np.random.default_rng(0), np.zeros(len(logits), bool)
+        )
+        assert (got == 0).all()
+
+
+def test_many_tokens(kind):
+    """More tokens than any block or thread takes at once: counts and losses are still of all of them."""
+    config = MoEConfig(
+        d_model=1, ffn_dim=2, num_experts=16, top_k=4, aux_loss_coeff=1.0, z_loss_coeff=1.0
+    )
+    rng = np.random.default_rng(1)
+    logits = np.float32(rng.standard_normal((20011, 16)) + np.linspace(0, 2, 16)).astype(float)
+    mask = rng.random(20011) < 0.9
+    idx, weights, counts, losses = (
+        numbers(kind, part) for part in stage_route(kind, config, logits, valid_mask=mask)
+    )
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :4]
+    assert (idx[mask] == order[mask]).all()
+    assert (idx[~mask] == -1).all()
+    assert counts.tolist() == np.bincount(order[mask].ravel(), minlength=16).tolist()
+    selected = np.exp(np.take_along_axis(logits, order, 1))
+    assert_close(weights, selected / selected.sum(1, keepdims=True) * mask[:, None], "float32", "weights")
+    exp = np.exp(logits[mask])
+    q = exp / exp.sum(1, keepdims=True)
+    want = [
+        16 * (counts / mask.sum()) @ q.mean(0),
+        np.mean(np.log(exp.sum(1)) ** 2),
+        np.mean(-np.sum(q * np.log(q), axis=1)),
+    ]
+    np.testing.assert_allclose(losses, want, rtol=1e-5)
