@@ -33,7 +33,7 @@ EXTENSION_SOURCES := setup.py $(shell find ffmoe_core -name '*.pyx' -o -name '*.
 
 ifeq ($(VENV),)
 PY := $(PYTHON)
-export PYTHONPATH := $(CURDIR)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)

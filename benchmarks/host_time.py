@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, ROOT, environment, sources_digest, write
 from torch.profiler import ProfilerActivity
 
 import ffmoe_core
 from ffmoe_torch import MoELayer, fused_moe
+from record import RESULTS, ROOT, environment, sources_digest, write
 
 TOKENS, D_MODEL, INTERMEDIATE, EXPERTS, TOP_K = 64, 512, 256, 8, 2
 WARM_UP, BATCHES, CALLS = 20, 50, 20
@@ -123,12 +123,13 @@ def python_profile(call: Callable[[], object]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["own_us"])[:TOP]
 
 
-def operator_profile(call: Callable[[], object]) -> list[dict[str, Any]]:
+def operator_profile(call: Callable[[], object], before: Callable[[], object]) -> list[dict[str, Any]]:
     """The operators and CUDA runtime calls of a call, by torch.profiler, over all threads."""
     repeats = 100
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):
+            before()
             call()
         torch.cuda.synchronize()
     rows = [
@@ -165,7 +166,6 @@ def main() -> None:
             f"{name}: {measured[name]} us, {'under' if measured[name] < bar else 'OVER'} the bar of {bar} us"
         )
     shape = {"T": TOKENS, "H": D_MODEL, "I": INTERMEDIATE, "E": EXPERTS, "K": TOP_K, "dtype": "bfloat16"}
-    small.clear_gradients()
     write(
         out,
         {
@@ -176,7 +176,7 @@ def main() -> None:
             "bars_us": BARS_US,
             "median_us": times,
             "profile_forward": python_profile(small.forward),
-            "profile_forward_backward": operator_profile(small.forward_backward),
+            "profile_forward_backward": operator_profile(small.forward_backward, small.clear_gradients),
         },
     )
 

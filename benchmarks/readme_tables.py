@@ -19,6 +19,24 @@ README = ROOT / "README.md"
 Record = dict[str, Any]
 
 
+def cpu_layer(record: Record) -> str:
+    contenders = ("ffmoe", "expert loop", "grouped_mm", "bmm bound")
+    rows = []
+    for shape, result in record["shapes"].items():
+        times = [result["median_ms"][name] for name in contenders]
+        ratios = [result["ratios"][direction] for direction in ("forward", "forward_backward")]
+        rows.append(
+            (
+                shape.replace(",", ", "),
+                *(f"{time['forward']:.1f} / {time['forward_backward']:.1f}" for time in times),
+                *(" / ".join(f"{ratio[to]:.2f}" for ratio in ratios) for to in ("to_peer", "to_bound")),
+            )
+        )
+    head = ("T, H, I, E, K", *contenders, "ffmoe : faster peer", "ffmoe : bound")
+    legend = f"Milliseconds and ratios, forward / forward+backward, on {record['threads']} threads."
+    return f"{table(head, rows)}\n\n{legend}"
+
+
 def host_time(record: Record) -> str:
     bars = {
         "layer forward": record["bars_us"]["forward"],
@@ -55,6 +73,7 @@ def gpu_tests(record: Record) -> str:
 
 
 TABLES: dict[str, Callable[[Record], str]] = {
+    "cpu_layer": cpu_layer,
     "gpu_tests": gpu_tests,
     "host_time": host_time,
     "memory_kept": memory_kept,
@@ -74,7 +93,8 @@ def origin(record: Record) -> str:
     """One line: where and when a record was taken."""
     where = record.get("device") or f"{record['processor']}, {record['cores']} cores"
     driver = f", driver {record['driver']}" if "driver" in record else ""
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    shown = ("python", "torch", "cupy-cuda12x", "cupy-cuda13x")
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in shown if name in record["versions"])
     return f"{where}{driver}; {versions}; {record['date']}; sources {record['sources'][:12]}."
 
 

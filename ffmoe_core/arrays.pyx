@@ -9,11 +9,10 @@ import importlib
 
 import numpy as np
 
-from cpython.buffer cimport PyBUF_READ
-from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF
+from libc.string cimport memcpy
 
 from .errors import (
     DeviceError,
@@ -220,6 +219,13 @@ cdef object not_contiguous(str name):
     return LayoutError(f"{name} is not C-contiguous; pass a contiguous copy of it")
 
 
+cdef Array aligned(Array array, str name):
+    """The array, if its elements stand at multiples of their size, as the kernels' accesses need."""
+    if <uintptr_t>array.data % _ITEMSIZE[array.dtype]:
+        raise LayoutError(f"{name} is not aligned to its {array.dtype_name} elements; pass a copy of it")
+    return array
+
+
 # --- viewing ---
 
 cdef Array view_numpy(object obj, str name):
@@ -229,7 +235,7 @@ cdef Array view_numpy(object obj, str name):
     cdef Array array = new_array(obj.shape, dtype_named(obj.dtype, name), CPU, 0)
     array.data = <char*><uintptr_t>obj.__array_interface__["data"][0]
     array.owner = obj
-    return array
+    return aligned(array, name)
 
 
 cdef Array view_cupy(object obj, str name):
@@ -239,7 +245,7 @@ cdef Array view_cupy(object obj, str name):
     cdef Array array = new_array(obj.shape, dtype_named(obj.dtype, name), CUDA, obj.device.id)
     array.data = <char*><uintptr_t>obj.data.ptr
     array.owner = obj
-    return array
+    return aligned(array, name)
 
 
 cdef Array view_exchange(object obj, str name, const DLExchangeAPI* api):
@@ -269,7 +275,7 @@ cdef Array view_exchange(object obj, str name, const DLExchangeAPI* api):
         raise not_contiguous(name)
     array.data = <char*>tensor.data + tensor.byte_offset if tensor.data != NULL else NULL
     array.owner = obj
-    return array
+    return aligned(array, name)
 
 
 cdef int check_device(int device_type, str name) except -1:
@@ -359,16 +365,17 @@ cdef class Space:
 
     cpdef object to_host(self, Array array):
         """A NumPy copy of the array. Waits for the device."""
+        host = np.empty(array.shape, numpy_dtype(array.dtype))
+        cdef uintptr_t to = host.__array_interface__["data"][0]
+        if array.size == 0:
+            return host
         if self.device_type == CPU:
-            if array.size == 0:
-                return np.empty(array.shape, numpy_dtype(array.dtype))
-            source = np.frombuffer(PyMemoryView_FromMemory(array.data, array.nbytes, PyBUF_READ), np.uint8)
-            return source.view(numpy_dtype(array.dtype)).reshape(array.shape).copy()
-        cupy = import_cupy()
-        with cupy.cuda.Device(self.device_id), cupy.cuda.ExternalStream(self.stream):
-            memory = cupy.cuda.UnownedMemory(<uintptr_t>array.data, array.nbytes, array)
-            source = cupy.ndarray(array.shape, numpy_dtype(array.dtype), cupy.cuda.MemoryPointer(memory, 0))
-            return source.get()
+            memcpy(<void*>to, array.data, array.nbytes)
+            return host
+        runtime = import_cupy().cuda.runtime
+        runtime.memcpyAsync(to, <uintptr_t>array.data, array.nbytes, runtime.memcpyDeviceToHost, self.stream)
+        runtime.streamSynchronize(self.stream)
+        return host
 
 
 cdef class NumpySpace(Space):

@@ -1,6 +1,6 @@
 from libc.stdint cimport int64_t
 
-from .arrays cimport Array
+from .arrays cimport Array, Space
 
 cdef int check_shape(Array array, str name, str symbols, int64_t d0, int64_t d1=*, int64_t d2=*) except -1
 cdef int check_device(Array array, str name, Array other, str other_name) except -1
@@ -10,3 +10,4 @@ cdef int check_like(Array array, str name, Array other, str other_name) except -
 cdef int check_rows(int64_t num_tokens, int64_t top_k) except -1
 cdef int check_output(object obj, Array out, str name, Array other, str other_name) except -1
 cdef int router_dtype(Array x) noexcept
+cdef int check_finite(Space space, Array logits) except -1

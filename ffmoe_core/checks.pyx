@@ -1,9 +1,13 @@
 """Checks of the public functions' input: every message names the argument, what it is and what would work."""
 
-from .arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+import os
+
+import numpy as np
+
+from .arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Array, Space
 
 from .arrays import DTYPE_NAMES
-from .errors import ConfigError, DeviceError, DTypeError, LayoutError, ShapeError
+from .errors import ConfigError, DeviceError, DTypeError, LayoutError, NonFiniteError, ShapeError
 
 cdef tuple FLOATING = (<int>FLOAT32, <int>FLOAT64, <int>BFLOAT16, <int>FLOAT16)
 
@@ -72,6 +76,20 @@ cdef int check_output(object obj, Array out, str name, Array other, str other_na
 cdef int router_dtype(Array x) noexcept:
     """What the router computes in: float32, or float64 for a float64 layer."""
     return FLOAT64 if x.dtype == FLOAT64 else FLOAT32
+
+
+cdef int check_finite(Space space, Array logits) except -1:
+    """Checked mode (FFMOE_CHECK=1): the router's logits must be finite. Waits for the device."""
+    if os.environ.get("FFMOE_CHECK") != "1":
+        return 0
+    finite = np.isfinite(space.to_host(logits)).all(axis=1)
+    if finite.all():
+        return 0
+    tokens = np.flatnonzero(~finite)
+    raise NonFiniteError(
+        f"router_input (or gate_weight) gives NaN or infinite logits for {tokens.size} of {finite.size} "
+        f"tokens, the first is token {tokens[0]}"
+    )
 
 
 def check_config(config, expected):

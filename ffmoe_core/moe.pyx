@@ -8,7 +8,6 @@ The mathematics, with T tokens, R = T*K rows, expert e of row r, weight p_r:
     dW_down[e] = sum dO (p a)^T,  dW_up[e] = sum dz x^T,  dx = sum_k W_up[e]^T dz_k + router
 """
 
-import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from .arrays cimport FLOAT32, INT32, UINT8, Array, Space, space_of, view
 from .checks cimport (
     check_device,
     check_dtype,
+    check_finite,
     check_floating,
     check_like,
     check_output,
@@ -30,7 +30,7 @@ from .checks cimport (
 from .backend import backend_for
 from .checks import check_config
 from .config import MoEConfig
-from .errors import CapacityError, NonFiniteError
+from .errors import CapacityError
 from .plan import RoutingPlan, routing_layout
 
 cdef dict _FIELD_DTYPES = {"int32": <int>INT32, "float32": <int>FLOAT32, "float64": 1}
@@ -182,8 +182,7 @@ def moe_forward(
     cdef _Routing routing = _Routing(block, inputs.layout)
     plan = routing.plan
     backend.gate_logits(space, inputs.router_input, inputs.gate_weight, logits)
-    if os.environ.get("FFMOE_CHECK") == "1":
-        _check_finite(space, logits)
+    check_finite(space, logits)
     backend.route(
         space, config, logits, bias, mask, plan.topk_idx, plan.topk_weights, routing.tokens_per_expert, losses
     )
@@ -303,17 +302,6 @@ def moe_backward(
         space.export(dw_up),
         space.export(dw_down),
     )
-
-
-def _check_finite(Space space, Array logits):
-    """Checked mode: the router's logits must be finite. Waits for the device."""
-    finite = np.isfinite(space.to_host(logits)).all(axis=1)
-    if not finite.all():
-        tokens = np.flatnonzero(~finite)
-        raise NonFiniteError(
-            f"router_input (or gate_weight) gives NaN or infinite logits for {tokens.size} of "
-            f"{finite.size} tokens, the first is token {tokens[0]}"
-        )
 
 
 def _check_capacity(Space space, Array tokens_per_expert, capacity):

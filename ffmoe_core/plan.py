@@ -42,28 +42,28 @@ class RoutingLayout:
     nbytes: int
 
 
-_ALIGNMENT = 16
-
-
 @lru_cache(maxsize=256)
 def routing_layout(num_tokens: int, top_k: int, num_experts: int, router_dtype: str = "float32") -> RoutingLayout:
-    """The layout for T tokens, K experts a token, E experts; ``router_dtype`` is "float32" or "float64"."""
+    """The layout for T tokens, K experts a token, E experts; ``router_dtype`` is "float32" or "float64".
+
+    The widest elements stand first, so that every field is aligned to its own and no byte is left over. The
+    counts of experts stand last: where they are, seen from the end, does not depend on T.
+    """
     pairs = (num_tokens, top_k)
     rows = (num_tokens * top_k,)
     wanted = [
-        ("tokens_per_expert", (num_experts,), "int32"),
-        ("expert_offsets", (num_experts + 1,), "int32"),
+        ("topk_weights", pairs, router_dtype),
+        ("row_weights", rows, router_dtype),
         ("topk_idx", pairs, "int32"),
         ("token_rows", pairs, "int32"),
         ("row_token", rows, "int32"),
-        ("topk_weights", pairs, router_dtype),
-        ("row_weights", rows, router_dtype),
+        ("expert_offsets", (num_experts + 1,), "int32"),
+        ("tokens_per_expert", (num_experts,), "int32"),
     ]
     fields, offset = {}, 0
     for name, shape, dtype in wanted:
         fields[name] = Field(offset, shape, dtype)
-        size = prod(shape) * _itemsize(dtype)
-        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+        offset += prod(shape) * _itemsize(dtype)
     return RoutingLayout(fields, offset)
 
 

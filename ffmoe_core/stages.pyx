@@ -10,6 +10,7 @@ from .arrays cimport FLOAT32, FLOAT64, INT32, UINT8, Array, Space, space_of, vie
 from .checks cimport (
     check_device,
     check_dtype,
+    check_finite,
     check_floating,
     check_like,
     check_output,
@@ -68,6 +69,7 @@ def route(x, gate_weight, config, *, expert_bias=None, valid_mask=None):
     tokens_per_expert = space.empty((E,), INT32)
     losses = space.empty((3,), W)
     backend.gate_logits(space, tokens, gate, logits)
+    check_finite(space, logits)
     backend.route(space, config, logits, bias, mask, topk_idx, topk_weights, tokens_per_expert, losses)
     parts = (topk_idx, topk_weights, tokens_per_expert, losses, logits)
     return Routing(*[space.export(part) for part in parts])
@@ -109,12 +111,12 @@ def permute(x, plan, *, out=None):
     cdef Array tokens = view(x, "x")
     check_shape(tokens, "x", "[T, d_model]", -1, -1)
     check_floating(tokens, "x")
-    cdef Array row_token = view(plan.row_token, "plan.row_token")
-    cdef Array offsets = view(plan.expert_offsets, "plan.expert_offsets")
-    cdef Array token_rows = view(plan.token_rows, "plan.token_rows")
-    check_device(row_token, "plan.row_token", tokens, "x")
+    cdef Array token_rows = _plan_index(plan.token_rows, "plan.token_rows", "[T, K]", tokens, "x")
+    cdef Array row_token = _plan_index(plan.row_token, "plan.row_token", "[T * K]", tokens, "x")
+    cdef Array offsets = _plan_index(plan.expert_offsets, "plan.expert_offsets", "[E + 1]", tokens, "x")
     if token_rows.dims[0] != tokens.dims[0]:
         raise ShapeError(f"x has {tokens.dims[0]} tokens but the plan was made for {token_rows.dims[0]}")
+    check_shape(row_token, "plan.row_token", "[T * K]", token_rows.dims[0] * token_rows.dims[1])
     cdef Space space = space_of(x, tokens)
     cdef Array rows = _output(space, out, (row_token.dims[0], tokens.dims[1]), tokens, "x")
     backend_for(space).permute(space, tokens, row_token, offsets, rows)
@@ -124,13 +126,14 @@ def permute(x, plan, *, out=None):
 def combine(rows, plan, *, weighted=True, out=None):
     """Each token's sum over its rows. See stages.pyi for shapes, dtypes and errors."""
     cdef Array source = view(rows, "rows")
-    cdef Array token_rows = view(plan.token_rows, "plan.token_rows")
+    cdef Array token_rows = _plan_index(plan.token_rows, "plan.token_rows", "[T, K]", source, "rows")
     cdef Array weights = None
-    check_device(token_rows, "plan.token_rows", source, "rows")
     check_shape(source, "rows", "[T * K, d_model]", token_rows.dims[0] * token_rows.dims[1], -1)
     check_floating(source, "rows")
     if weighted:
         weights = view(plan.topk_weights, "plan.topk_weights")
+        check_shape(weights, "plan.topk_weights", "[T, K]", token_rows.dims[0], token_rows.dims[1])
+        check_device(weights, "plan.topk_weights", source, "rows")
         check_dtype(weights, "plan.topk_weights", (router_dtype(source),))
     cdef Space space = space_of(rows, source)
     cdef Array tokens = _output(space, out, (token_rows.dims[0], source.dims[1]), source, "rows")
@@ -193,6 +196,18 @@ cdef Array _output(Space space, object out, tuple shape, Array like, str like_na
     if array.shape != shape:
         raise ShapeError(f"out has shape {array.shape}; expected {shape}")
     check_output(out, array, "out", like, like_name)
+    return array
+
+
+cdef Array _plan_index(object index, str name, str symbols, Array like, str like_name):
+    """An int32 array of a RoutingPlan; ``symbols`` is its shape in an error, and tells its rank."""
+    cdef Array array = view(index, name)
+    if symbols.count(",") == 1:
+        check_shape(array, name, symbols, -1, -1)
+    else:
+        check_shape(array, name, symbols, -1)
+    check_dtype(array, name, (<int>INT32,))
+    check_device(array, name, like, like_name)
     return array
 
 

@@ -122,7 +122,8 @@ def fused_moe(
         options,
         recompute_activations,
     )
-    return output.reshape(x.shape), losses_by_name(losses, aux_loss_coeff, z_loss_coeff)
+    output = output if x.dim() == 2 else output.reshape(x.shape)
+    return output, losses_by_name(losses, aux_loss_coeff, z_loss_coeff)
 
 
 def options_of(config: MoEConfig) -> Options:
@@ -350,34 +351,30 @@ def _fake_moe_backward(
 
 class _MoE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Outputs:
+    def forward(ctx: Any, rest: Options, *tensors: Tensor | None) -> Outputs:
         with torch._C._AutoDispatchBelowAutograd():
-            outputs: Outputs = _moe(*arguments)
-        keep_activations = arguments[-1]
+            outputs: Outputs = _moe(*tensors, *rest)
+        *options, keep_activations = rest
         _, _, logits, z, routing = outputs
-        ctx.save_for_backward(*arguments[:5], logits, z if keep_activations else None, routing)
-        ctx.options = arguments[7:-1]
+        ctx.save_for_backward(*tensors[:5], logits, z if keep_activations else None, routing)
+        ctx.options = options
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logits, z, routing)
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, grad_losses, *_ = grads
-        x, router_input, *rest = ctx.saved_tensors
-        dx, d_router_input, *d_weights = _moe_backward(
+        x, *saved = ctx.saved_tensors
+        gradients = _moe_backward(
             torch.zeros_like(x) if grad_output is None else grad_output.contiguous(),
-            grad_losses,
+            None if grad_losses is None else grad_losses.contiguous(),
             x,
-            router_input,
-            *rest,
+            *saved,
             *ctx.options,
         )
-        wanted = ctx.needs_input_grad
-        gradients = (dx, d_router_input, *d_weights)
-        return tuple(
-            gradients[i] if i < len(gradients) and wanted[i] else None for i in range(len(wanted))
-        )
+        wanted = ctx.needs_input_grad[1:]
+        return None, *(g if w else None for g, w in zip(gradients, wanted, strict=False)), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
@@ -386,9 +383,9 @@ class _MoE(torch.autograd.Function):
 
 class _MoEBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, rest: Options, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            outputs: tuple[Tensor, ...] = _moe_backward(*arguments)
+            outputs: tuple[Tensor, ...] = _moe_backward(*tensors, *rest)
         return outputs
 
     @staticmethod
@@ -399,18 +396,25 @@ class _MoEBackward(torch.autograd.Function):
         )
 
 
-def _differentiable(operator: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def _differentiable(
+    operator: Any, function: type[torch.autograd.Function], num_tensors: int
+) -> Callable[..., Any]:
+    """The autograd kernel of an operator whose first ``num_tensors`` arguments are tensors or None."""
+
     def dispatch(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return function.apply(*arguments)
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in arguments[:num_tensors]
+        ):
+            # what has no gradient goes as one argument: apply() looks at each
+            return function.apply(arguments[num_tensors:], *arguments[:num_tensors])
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
     return dispatch
 
 
-_library.impl("moe", _differentiable(_moe, _MoE), "Autograd")
-_library.impl("moe_backward", _differentiable(_moe_backward, _MoEBackward), "Autograd")
+_library.impl("moe", _differentiable(_moe, _MoE, 7), "Autograd")
+_library.impl("moe_backward", _differentiable(_moe_backward, _MoEBackward, 10), "Autograd")
 
 
 # --- autocast, and what cannot work ---

@@ -38,7 +38,7 @@ class MoELayer(nn.Module):
     gating : "softmax" or "sigmoid".
     num_shared_experts : S experts that every token visits: one GLU block of intermediate width S*I, run
         beside the routed ones on a GPU.
-    latent_dim : width L < H of the tokens between ranks; the experts see ``proj_up(proj_down(x))``, and what
+    latent_dim : width L of the tokens between ranks; the experts see ``proj_up(proj_down(x))``, and what
         they answer passes the same way. The gate reads x itself. None is off.
     capacity_factor : an expert takes at most ceil(capacity_factor*T*K/E) rows of a call; None is dropless.
     max_tokens_per_expert : a hard bound on an expert's rows; None is no bound.
@@ -70,6 +70,8 @@ class MoELayer(nn.Module):
     _last: tuple[Tensor, Tensor] | None  # routing and losses of the last forward call, for stats()
     expert_bias: Tensor | None
     expert_counts: Tensor | None
+    proj_down: nn.Linear | None
+    proj_up: nn.Linear | None
 
     def __init__(
         self,
@@ -186,8 +188,9 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, valid_mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """``(output, losses)`` for x [*, H] of the parameters' dtype (under autocast any floating dtype).
 
-        ``valid_mask`` [*] bool: False marks a token to ignore. It visits no routed expert, which add zero to
-        its output then, and has no part in losses and statistics; shared experts treat all tokens alike.
+        ``valid_mask`` [*] bool: False marks a token to ignore. The routed experts
+        add zero to its output, and it has no part in losses and statistics; shared experts treat all tokens
+        alike.
 
         ``output`` is [*, H]. ``losses`` holds "aux_loss" where ``aux_loss_coeff > 0`` and "z_loss" where
         ``z_loss_coeff > 0``: 0-d float32 tensors (float64 for a float64 layer), times the coefficient, with
@@ -197,16 +200,16 @@ class MoELayer(nn.Module):
         ``allow_dropped_tokens`` says, NonFiniteError in checked mode (``FFMOE_CHECK=1``), OutOfMemoryError
         (the layer stays usable).
         """
-        tokens = routed = as_tokens(x, "x", self.d_model)
+        tokens = as_tokens(x, "x", self.d_model)
         mask = None if valid_mask is None else as_token_mask(valid_mask, x)
         shared = None if self.shared_expert is None else start_beside(self.shared_expert, tokens)
         router_input = None
         if self.jitter and self.training:
             noise = torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
             router_input = tokens * noise
-        if self.latent_dim is not None:
-            router_input = tokens if router_input is None else router_input
-            routed = self._through_latent(tokens)
+        routed = self._through_latent(tokens)
+        if router_input is None and routed is not tokens:
+            router_input = tokens
 
         output, losses, _, _, routing = routed_experts(
             routed,
@@ -219,22 +222,31 @@ class MoELayer(nn.Module):
             self._options,
             self.config.recompute_activations,
         )
-        self._last = (routing, losses.detach())
+        statistics = losses.detach()
+        if torch.compiler.is_compiling():
+            # inductor's backward fails on a graph that returns a tensor both with and without gradient
+            statistics = statistics.clone()
+        self._last = (routing, statistics)
         if self.expert_counts is not None and self.training:
             self.expert_counts += tokens_per_expert(routing, self.num_experts)
 
-        if self.latent_dim is not None:
-            output = self._through_latent(output)
+        output = self._through_latent(output)
         if shared is not None:
             output = output + shared()
         if self._has_losses and self.aux_mode == "inject":
             output = InjectLosses.apply(output, losses)
             losses = losses.detach()
+        if x.dim() != 2:
+            output = output.view(x.shape)
         config = self.config
-        return output.view(x.shape), losses_by_name(losses, config.aux_loss_coeff, config.z_loss_coeff)
+        return output, losses_by_name(losses, config.aux_loss_coeff, config.z_loss_coeff)
 
     def _through_latent(self, x: Tensor) -> Tensor:
-        return self.proj_up(self.proj_down(x))
+        """x [T, H] through the narrow projections, where the layer has them."""
+        if self.proj_down is None or self.proj_up is None:
+            return x
+        latent: Tensor = self.proj_up(self.proj_down(x))
+        return latent
 
     def stats(self) -> MoEStats:
         """Statistics of the last forward call; of a call without tokens where there was none.
@@ -252,7 +264,7 @@ class MoELayer(nn.Module):
 
         ``expert_bias += rate * sign(mean - count)`` with the tokens that training calls routed to each expert
         since the last update (DeepSeek-V3's balancing without a loss). To be called between an optimizer
-        step and the next forward. Under activation checkpointing tokens are counted twice, which changes no
+        step and the next forward. Activation checkpointing may count every token twice, which changes no
         sign. Does not wait for the device.
 
         Raises ConfigError for a layer made without ``expert_bias=True``.
@@ -277,7 +289,9 @@ class MoELayer(nn.Module):
     def _options_set(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
         config, default = self.config, MoEConfig(d_model=1, ffn_dim=2, num_experts=1, top_k=1)
-        names = [name for name in config.__dataclass_fields__ if getattr(config, name) != getattr(default, name)]
+        names = [
+            name for name in config.__dataclass_fields__ if getattr(config, name) != getattr(default, name)
+        ]
         options = {name: getattr(config, name) for name in names if not hasattr(self, name)}
         if self.num_shared_experts:
             options["num_shared_experts"] = self.num_shared_experts
@@ -292,11 +306,12 @@ class MoELayer(nn.Module):
         return options
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoELayer":
-        bias = self.expert_bias
+        before = self.expert_bias
         super()._apply(fn, recurse)
-        if bias is not None and self.expert_bias.dtype != torch.float32:
+        after = self.expert_bias
+        if before is not None and after is not None and after.dtype != torch.float32:
             # .to(bfloat16) and .half() mean the weights; a bias in steps of 0.001 would be rounded away
-            self.expert_bias = bias.to(self.expert_bias.device)
+            self.expert_bias = before.to(after.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

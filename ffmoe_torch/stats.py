@@ -10,7 +10,7 @@ from ffmoe_core import routing_layout
 
 def tokens_per_expert(routing: Tensor, num_experts: int) -> Tensor:
     """int32 [E]: rows routed to each expert, a view of the block that ``ffmoe::moe`` returns."""
-    return routing[: 4 * num_experts].view(torch.int32)  # its first field
+    return routing[-4 * num_experts :].view(torch.int32)  # its last field
 
 
 class MoEStats:
@@ -52,10 +52,10 @@ class MoEStats:
     @cached_property
     def _host_counts(self) -> tuple[Tensor, Tensor]:
         """Rows of each expert, and expert_offsets. Waits for the device."""
-        # where this field stands does not depend on the number of tokens
-        offset, (length,), _ = routing_layout(0, 1, self._num_experts).fields["expert_offsets"]
-        head = self._routing[: offset + 4 * length].cpu()
-        return tokens_per_expert(head, self._num_experts), head[offset:].view(torch.int32)
+        # the block of a call without tokens holds just these two, as the end of any block does
+        fields = self._routing[-routing_layout(0, 1, self._num_experts).nbytes :].cpu()
+        counts = tokens_per_expert(fields, self._num_experts)
+        return counts, fields[: -counts.nbytes].view(torch.int32)
 
     def __repr__(self) -> str:
         return (

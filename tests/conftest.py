@@ -19,6 +19,10 @@ settings.register_profile(
 )
 settings.load_profile("ffmoe")
 
+# Threads that wait for each other sleep instead of spinning: on a busy machine that is ten times faster.
+# Read by the OpenMP runtime when it is loaded, so set before anything of ours is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Tests choose checked mode themselves, whatever the environment says.
 os.environ.pop("FFMOE_CHECK", None)
 

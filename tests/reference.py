@@ -34,7 +34,8 @@ def activate(activation, gate):
     if activation == "geglu":
         c = math.sqrt(2 / math.pi)
         t = np.tanh(c * (gate + 0.044715 * gate**3))
-        return 0.5 * gate * (1 + t), 0.5 * (1 + t) + 0.5 * gate * (1 - t**2) * c * (1 + 3 * 0.044715 * gate**2)
+        dt = (1 - t**2) * c * (1 + 3 * 0.044715 * gate**2)
+        return 0.5 * gate * (1 + t), 0.5 * (1 + t) + 0.5 * gate * dt
     if activation == "relu_squared":
         positive = np.maximum(gate, 0)
         return positive**2, 2 * positive

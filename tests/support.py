@@ -6,14 +6,15 @@ import numpy as np
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
-# Of the result's norm, and of its largest element. Unit roundoffs: 1e-16, 6e-8, 5e-4, 4e-3; results in 16 bits
-# are rounded once or twice on top of intermediate results in 16 bits.
+# Of the result's norm, and of its largest element. Unit roundoffs: 1e-16, 6e-8, 5e-4, 4e-3; results in 16
+# bits are rounded once or twice on top of intermediate results in 16 bits.
 TOLERANCE = {
     "float64": (1e-13, 1e-12),
     "float32": (3e-6, 1e-5),
     "float16": (1.5e-3, 5e-3),
     "bfloat16": (1e-2, 3e-2),
 }
+FEW = 64  # numbers: too few for their rounding errors to average out
 
 
 def numpy_dtype(name):
@@ -96,18 +97,21 @@ def same_bits(kind, ones, others):
     ]
 
 
-def assert_close(got, want, dtype, what="", scale=0.0):
+def assert_close(got, want, dtype, what="", scale=0.0, independent=None):
     """``got`` (float64 numbers) is ``want`` up to the rounding of ``dtype``.
 
-    ``scale`` is the size of terms that may cancel in ``want``: errors are relative to no less than it.
+    ``scale`` is the size of terms that may cancel in an element of ``want``: errors are relative to no less
+    than it. ``independent`` is how many numbers with errors of their own it was made from, if not its size.
     """
     assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
     if want.size == 0:
         return
     assert np.isfinite(got).all(), f"{what}: {np.sum(~np.isfinite(got))} of {got.size} elements not finite"
     error = np.abs(got - want)
-    norm, worst = max(np.linalg.norm(want), scale), max(np.max(np.abs(want)), scale)
+    norm, worst = max(np.linalg.norm(want), scale * want.size**0.5), max(np.max(np.abs(want)), scale)
     norm_bound, worst_bound = TOLERANCE[dtype]
+    if (want.size if independent is None else independent) < FEW:
+        norm_bound = worst_bound
     assert np.linalg.norm(error) <= norm_bound * norm, (
         f"{what}: relative error of the norm {np.linalg.norm(error) / max(norm, 1e-300):.2e} "
         f"above {norm_bound:.0e} ({dtype})"

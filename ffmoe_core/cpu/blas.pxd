@@ -37,12 +37,32 @@ cdef inline void gemm(
     real* a, int lda, real* b, int ldb, real beta, real* c, int ldc,
 ) noexcept nogil:
     """C[m, n] = op(A)[m, k] op(B)[k, n] + beta C, all row-major with leading dimensions lda, ldb, ldc."""
-    cdef int step = n, start = 0
-    if m <= SMALL_DIM or k <= SMALL_DIM:
-        step = max(16, <int>(SMALL_PRODUCT // (<int64_t>m * k)) // 16 * 16)
-    while start < n:
-        _call(
-            transpose_a, transpose_b, m, min(step, n - start), k, a, lda,
-            b + (<int64_t>start * ldb if transpose_b else start), ldb, beta, c + start, ldc,
-        )
-        start += step
+    cdef int step, start = 0
+    if k <= SMALL_DIM:
+        step = max(16, SMALL_PRODUCT // (<int64_t>n * k))
+        while start < m:
+            _call(
+                transpose_a, transpose_b, min(step, m - start), n, k,
+                a + (start if transpose_a else <int64_t>start * lda), lda, b, ldb,
+                beta, c + <int64_t>start * ldc, ldc,
+            )
+            start += step
+    elif m > SMALL_DIM:
+        _call(transpose_a, transpose_b, m, n, k, a, lda, b, ldb, beta, c, ldc)
+    elif transpose_b:
+        step = max(16, SMALL_PRODUCT // (<int64_t>m * k))
+        while start < n:
+            _call(
+                transpose_a, True, m, min(step, n - start), k, a, lda, b + <int64_t>start * ldb, ldb,
+                beta, c + start, ldc,
+            )
+            start += step
+    else:
+        step = max(16, SMALL_PRODUCT // (<int64_t>m * n))
+        while start < k:
+            _call(
+                transpose_a, False, m, n, min(step, k - start),
+                a + (<int64_t>start * lda if transpose_a else start), lda, b + <int64_t>start * ldb, ldb,
+                beta if start == 0 else 1, c, ldc,
+            )
+            start += step

@@ -21,6 +21,7 @@ from .products cimport (
     part,
     rows_product,
     rows_wgrad,
+    stack_bytes,
     tile_product,
     zero,
 )
@@ -124,7 +125,9 @@ def grouped_glu(
     cdef int64_t deep = min(job.hidden, <int64_t>DEPTH), wide = min(job.intermediate, <int64_t>COLUMNS)
     cdef int width = 8 if double_precision else 4
     cdef Crew workers = crew(
-        loaded_bytes(&job.x, TILE_ROWS, deep), loaded_bytes(&job.w_up, wide, deep), 2 * TILE_ROWS * wide * width
+        loaded_bytes(&job.x, TILE_ROWS, deep),
+        stack_bytes(&job.w_up, True, job.hidden, wide),
+        2 * TILE_ROWS * wide * width,
     )
     cdef Worker* worker = workers.workers
     cdef int threads = workers.threads
@@ -229,7 +232,9 @@ def grouped_glu_backward(
     job.dp = parts.data
     cdef int64_t deep = min(job.hidden, <int64_t>DEPTH), wide = min(job.intermediate, <int64_t>COLUMNS)
     cdef Crew workers = crew(
-        loaded_bytes(&job.dout, TILE_ROWS, deep), loaded_bytes(&job.w_down, deep, wide), (TILE_ROWS + 2) * wide * width
+        loaded_bytes(&job.dout, TILE_ROWS, deep),
+        stack_bytes(&job.w_down, False, job.hidden, wide),
+        (TILE_ROWS + 2) * wide * width,
     )
     cdef Worker* worker = workers.workers
     cdef int threads = workers.threads

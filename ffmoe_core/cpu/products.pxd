@@ -6,14 +6,17 @@ The computing type (``real``) is float64 for a float64 layer and else float32.
 from libc.stdint cimport int32_t, int64_t
 
 from ..arrays cimport FLOAT32, FLOAT64, Array
-from .blas cimport gemm, real
+from .blas cimport SMALL_DIM, gemm, real
 from .convert cimport load
 from .tiles cimport Scratch, Tile, block_start, blocks
+from .transpose cimport transpose
 
 cdef enum:
-    COLUMNS = 256  # columns of one unit of work, at most
+    COLUMNS = 512  # columns of one unit of work, at most
     DEPTH = 2048  # longest stretch of the inner dimension loaded at a time
-    ENOUGH_UNITS = 64  # fewer units than this are cut finer, down to
+    TURNED_DEPTH = 256  # and of a matrix that is transposed on the way
+    TURNED_PAD = 16  # keeps its rows off each other's places in the cache
+    ENOUGH_UNITS = 16  # fewer units than this are cut finer, down to
     FEWEST_COLUMNS = 64
 
 
@@ -100,12 +103,13 @@ cdef inline void tile_product(
     int64_t column, int columns, Worker* worker, bint accumulate, real* c, int ldc,
 ) noexcept nogil:
     """c (+)= the tile's rows of ``a`` times columns ``column: column + columns`` of op(b)."""
-    cdef int64_t start, stop, index, count = blocks(depth, DEPTH)
+    cdef bint turn = b.direct and not transpose_b and tile.rows > SMALL_DIM
+    cdef int64_t start, stop, index, count = blocks(depth, TURNED_DEPTH if turn else DEPTH)
     cdef int lda, ldb
     cdef real beta = 1 if accumulate else 0
     cdef real* a_block
     cdef real* b_block
-    if a.direct and b.direct:
+    if a.direct and b.direct and not turn:
         count = 1
     for index in range(count):
         start = block_start(depth, count, index)
@@ -113,12 +117,18 @@ cdef inline void tile_product(
         if start == stop:
             break
         block(a, tile.first, tile.rows, start, <int>(stop - start), &worker.a, &a_block, &lda)
-        if transpose_b:
+        if turn:
+            # OpenBLAS reads a matrix that lies this way down its columns, a cache miss at every element
+            b_block = <real*>worker.b.data
+            ldb = <int>(stop - start) + TURNED_PAD
+            transpose(stop - start, columns, <const real*>element(b, start, column), b.width, b_block, ldb)
+        elif transpose_b:
             block(b, column, columns, start, <int>(stop - start), &worker.b, &b_block, &ldb)
         else:
             block(b, start, <int>(stop - start), column, columns, &worker.b, &b_block, &ldb)
         gemm(
-            False, transpose_b, tile.rows, columns, <int>(stop - start), a_block, lda, b_block, ldb, beta, c, ldc
+            False, transpose_b or turn, tile.rows, columns, <int>(stop - start),
+            a_block, lda, b_block, ldb, beta, c, ldc,
         )
         beta = 1
 
@@ -134,6 +144,13 @@ cdef inline int64_t column_blocks(int64_t tiles, int64_t width) noexcept nogil:
 cdef inline int64_t loaded_bytes(const Operand* a, int64_t rows, int64_t columns) noexcept nogil:
     """The memory a Buffer needs for blocks of ``a`` of up to rows x columns."""
     return 0 if a.direct else rows * columns * (8 if a.dtype == FLOAT64 else 4)
+
+
+cdef inline int64_t stack_bytes(const Operand* b, bint transpose_b, int64_t depth, int64_t columns) noexcept nogil:
+    """The memory ``tile_product`` needs for blocks of its second operand."""
+    if b.direct and not transpose_b:
+        return (min(depth, <int64_t>TURNED_DEPTH) + TURNED_PAD) * columns * b.itemsize
+    return loaded_bytes(b, min(depth, <int64_t>DEPTH), columns)
 
 
 cdef int zero(char* data, int64_t nbytes) except -1

@@ -131,7 +131,7 @@ cdef int rows_product(
     cdef int width = 8 if double_precision else 4
     cdef Crew workers = crew(
         loaded_bytes(&job.a, TILE_ROWS, deep),
-        loaded_bytes(&job.b, wide, deep),
+        stack_bytes(&job.b, transpose_b, job.depth, wide),
         0 if job.out.direct else (TILE_ROWS + 1) * wide * width,
     )
     cdef Worker* worker = workers.workers

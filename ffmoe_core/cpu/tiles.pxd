@@ -3,7 +3,7 @@
 from libc.stdint cimport int32_t, int64_t
 
 cdef enum:
-    TILE_ROWS = 384  # at most; a group is cut evenly, so that its last tile is not a sliver
+    TILE_ROWS = 640  # at most; a group is cut evenly, so that its last tile is not a sliver
 
 cdef struct Tile:
     int64_t first

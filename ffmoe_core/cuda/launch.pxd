@@ -1,5 +1,7 @@
 from libc.stdint cimport uintptr_t
 
+ctypedef void* Parameter  # the address of an argument; cdef Parameter[n] makes an array of them
+
 
 cdef class Kernel:
     cdef void* function         # CUfunction

@@ -20,7 +20,7 @@ def call_stage(kind, name, *args):
 
 
 def check_selection(config, logits, topk_idx, expert_bias, dtype):
-    """One token's experts are the right ones for these logits; near-ties of rounded scores may go either way."""
+    """One token's experts are right for its logits; near-ties of rounded scores may go either way."""
     if expert_bias is None and config.num_expert_groups is None:
         assert topk_idx.tolist() == reference.select(config, logits)
         return
@@ -39,7 +39,7 @@ def check_selection(config, logits, topk_idx, expert_bias, dtype):
         # groups tied for the last places may be in or out; one that was used is in
         tied = np.abs(sums - cut) <= 2 * slack
         no_choice = np.sum(sums >= cut - 2 * slack) == config.topk_groups
-        in_use = [s >= cut and (no_choice or not tied[g]) or g in used for g, s in enumerate(sums)]
+        in_use = [(s >= cut and (no_choice or not tied[g])) or g in used for g, s in enumerate(sums)]
         allowed = np.repeat(in_use, size)
     chosen = choice[topk_idx]
     assert (np.diff(chosen) <= 2 * slack).all(), "not ordered by choice"
@@ -116,9 +116,7 @@ def check_layer(kind, config, layer, dtype, *, gate_dtype=None, options=()):
     check_plan(plan, kept, E)
 
     # values, given the decisions
-    want = reference.moe_forward(
-        **inputs, config=config, topk_idx=plan.topk_idx, kept=kept, **chosen
-    )
+    want = reference.moe_forward(**inputs, config=config, topk_idx=plan.topk_idx, kept=kept, **chosen)
     wanted = reference.moe_backward(
         layer.grad_output, want, **inputs, config=config, grad_losses=layer.grad_losses, **shared
     )
@@ -129,10 +127,17 @@ def check_layer(kind, config, layer, dtype, *, gate_dtype=None, options=()):
     assert_close(numbers(kind, result.output), want.output, dtype, "output")
     for name in ("x", "w_up", "w_down"):
         assert_close(numbers(kind, getattr(grads, name)), getattr(wanted, name), dtype, f"gradient of {name}")
-    # the router's gradients are differences of terms of size 1, which may cancel altogether
+    # the router's gradients come from differences of one number a pair, which may cancel altogether
     for name in ("gate_weight", "router_input"):
         got, expected = getattr(grads, name), getattr(wanted, name)
         assert (got is None) == (expected is None)
         if got is not None:
-            assert_close(numbers(kind, got), expected, dtype, f"gradient of {name}", scale=1.0)
+            assert_close(
+                numbers(kind, got),
+                expected,
+                dtype,
+                f"gradient of {name}",
+                scale=1.0,
+                independent=plan.topk_idx.size,
+            )
     return want, wanted

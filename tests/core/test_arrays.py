@@ -61,9 +61,7 @@ def test_views_share_memory(kind):
     assert part.shape == (2, 4)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", "float64", "bfloat16", "float16", "int32", "int64", "uint8"]
-)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16", "int32", "int64", "uint8"])
 def test_new_arrays_are_of_the_callers_kind(kind, dtype):
     array, space = as_array(kind.full((2,), 0, dtype))
     new = space.export(space.empty((3, 5), array.dtype))

@@ -53,7 +53,7 @@ def test_both_have_all_stages_and_no_other_public_name(backends):
 @pytest.mark.parametrize("stage", STAGES)
 def test_signatures_are_equal(backends, stage):
     ours, theirs = (inspect.signature(getattr(backends[folder], stage)) for folder in FOLDERS)
-    assert list(ours.parameters)[0] == "space"
+    assert next(iter(ours.parameters)) == "space"
     assert list(ours.parameters) == list(theirs.parameters)
     assert ours == theirs
 

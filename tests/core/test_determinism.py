@@ -26,7 +26,9 @@ ALL_INPUTS = ("router_input", "expert_bias", "valid_mask")
 
 def whole_layer(kind, config, dtype, num_tokens=203):
     """Everything one forward and backward gives, but the gaps between the parts of the routing block."""
-    result, grads = run_layer(kind, config, random_layer(config, num_tokens, dtype), dtype, options=ALL_INPUTS)
+    result, grads = run_layer(
+        kind, config, random_layer(config, num_tokens, dtype), dtype, options=ALL_INPUTS
+    )
     counts, plan = routing_parts(kind, config, result, dtype)
     return (*result._replace(routing=counts), *plan, *grads)
 
@@ -97,7 +99,7 @@ def test_what_memory_held_before_does_not_matter(kind, dirty_memory, dtype, reco
 
 
 def stage_calls(kind, dtype):
-    """name -> (arguments before the outputs, shapes and dtypes of the outputs, arguments after), for each stage.
+    """stage -> (arguments before the outputs, shapes and dtypes of the outputs, arguments after).
 
     The plan drops pairs, leaves an expert empty, and has rows that belong to nobody.
     """

@@ -1,4 +1,4 @@
-"""Every mistake a user can make is refused by its own error, whose message names the argument and the value."""
+"""Every mistake of a user is refused by its own error, whose message names the argument and the value."""
 
 import sys
 from dataclasses import replace
@@ -7,8 +7,21 @@ import numpy as np
 import pytest
 
 import ffmoe_core
-from ffmoe_core import MoEConfig, MoESaved, RoutingPlan, combine, errors, grouped_gemm, grouped_gemm_wgrad
-from ffmoe_core import make_plan, moe_backward, moe_forward, permute, route, set_num_threads
+from ffmoe_core import (
+    MoEConfig,
+    MoESaved,
+    RoutingPlan,
+    combine,
+    errors,
+    grouped_gemm,
+    grouped_gemm_wgrad,
+    make_plan,
+    moe_backward,
+    moe_forward,
+    permute,
+    route,
+    set_num_threads,
+)
 from tests.core.checks import run_layer
 from tests.support import NumpyKind, bits, numbers, random_layer
 
@@ -20,6 +33,11 @@ T, H, WIDTH, E = 5, 8, 6, 4
 def refused(error, *words):
     """A context that wants this error, with all the words in its message."""
     return pytest.raises(error, match="".join(rf"(?=[\s\S]*{word})" for word in words))
+
+
+def label(value):
+    """A short name of a parameter for pytest's listing."""
+    return getattr(value, "__name__", str(value)[:60])
 
 
 # --- options ---
@@ -62,7 +80,7 @@ BAD_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "words"), BAD_OPTIONS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("options", "words"), BAD_OPTIONS, ids=label)
 def test_options(options, words):
     with refused(errors.ConfigError, *words):
         MoEConfig(**{**GOOD, **options})
@@ -130,7 +148,7 @@ BAD_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "shape"), BAD_SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "shape"), BAD_SHAPES, ids=label)
 def test_wrong_rank_or_width(kind, name, shape):
     arrays = layer_arrays(kind)
     arrays[name] = kind.full(shape, 0, "bool" if name == "valid_mask" else "float32")
@@ -173,16 +191,20 @@ def test_wrong_dtype(kind, name, dtype):
 
 def test_float64_bias_of_a_float64_layer_is_float32_too(kind):
     layer = random_layer(CONFIG, T, "float64")
-    arrays = {name: kind.array(getattr(layer, name), "float64") for name in ("x", "gate_weight", "w_up", "w_down")}
+    arrays = {
+        name: kind.array(getattr(layer, name), "float64") for name in ("x", "gate_weight", "w_up", "w_down")
+    }
     with refused(errors.DTypeError, "^expert_bias", "float64", "float32"):
         moe_forward(**arrays, config=CONFIG, expert_bias=kind.full((E,), 0, "float64"))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_gate_of_another_dtype(kind, dtype):
-    """A float64 layer's gate is float64; others may have a float32 gate, and nothing else beside their own."""
+    """A float64 layer's gate is float64; others may have a float32 gate, or one of their own dtype."""
     layer = random_layer(CONFIG, T, dtype)
-    arrays = {name: kind.array(getattr(layer, name), dtype) for name in ("x", "gate_weight", "w_up", "w_down")}
+    arrays = {
+        name: kind.array(getattr(layer, name), dtype) for name in ("x", "gate_weight", "w_up", "w_down")
+    }
     for wrong in {"float64": ["float32"], "bfloat16": ["float16", "float64"], "float16": ["bfloat16"]}[dtype]:
         with refused(errors.DTypeError, "^gate_weight", wrong):
             moe_forward(**{**arrays, "gate_weight": kind.array(layer.gate_weight, wrong)}, config=CONFIG)
@@ -206,7 +228,9 @@ def test_not_contiguous(kind, name):
 def test_not_aligned(name):
     arrays = layer_arrays(NumpyKind())
     good = arrays[name]
-    arrays[name] = np.frombuffer(bytearray(good.nbytes + 1), np.float32, good.size, offset=1).reshape(good.shape)
+    arrays[name] = np.frombuffer(bytearray(good.nbytes + 1), np.float32, good.size, offset=1).reshape(
+        good.shape
+    )
     with refused(errors.LayoutError, rf"^{name}\b", "align"):
         moe_forward(**arrays, config=CONFIG)
 
@@ -224,7 +248,7 @@ def test_read_only_out():
         moe_forward(**arrays, config=CONFIG)
 
 
-@pytest.mark.parametrize("value", [[[0.0] * H] * T, 3.0, "x", None], ids=str)
+@pytest.mark.parametrize("value", [[[0.0] * H] * T, 3.0, "x", None], ids=label)
 def test_no_array_at_all(kind, value):
     arrays = layer_arrays(kind)
     for name in ("x", "w_up"):
@@ -264,7 +288,7 @@ BAD_SAVED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "what", "error"), BAD_SAVED, ids=str)
+@pytest.mark.parametrize(("name", "what", "error"), BAD_SAVED, ids=label)
 def test_wrong_saved(kind, name, what, error):
     arrays = layer_arrays(kind)
     inputs = [arrays[n] for n in ("x", "gate_weight", "w_up", "w_down")]
@@ -282,7 +306,7 @@ def test_wrong_saved(kind, name, what, error):
         ("grad_losses", ((2,), "float32"), errors.ShapeError),
         ("grad_losses", ((3,), "float64"), errors.DTypeError),
     ],
-    ids=str,
+    ids=label,
 )
 def test_wrong_gradient(kind, name, what, error):
     arrays = layer_arrays(kind)
@@ -308,7 +332,11 @@ def test_backward_of_other_tokens(kind):
 
 def test_indices_from_outside(kind):
     weights = kind.full((2, 2), 0.5, "float32")
-    for values, wrong in (([[0, 1], [4, 2]], 4), ([[0, 1], [-2, 2]], -2), ([[0, 1], [2**31 - 1, 2]], 2**31 - 1)):
+    for values, wrong in (
+        ([[0, 1], [4, 2]], 4),
+        ([[0, 1], [-2, 2]], -2),
+        ([[0, 1], [2**31 - 1, 2]], 2**31 - 1),
+    ):
         with refused(errors.RoutingError, "^topk_idx", "1 values?", f"{wrong}"):
             make_plan(kind.array(values, "int32"), weights, 4)
     ignored = make_plan(kind.array([[0, 1], [-1, 2]], "int32"), weights, 4)
@@ -337,11 +365,14 @@ def test_unchecked_indices_from_outside_go_nowhere(kind):
         ({"capacity": 1.5}, errors.ConfigError, ["capacity=1.5"]),
         ({"drop_policy": "last"}, errors.ConfigError, ["drop_policy='last'", "position", "probs"]),
     ],
-    ids=str,
+    ids=label,
 )
 def test_make_plan(kind, arguments, error, words):
     given = {
-        "topk_idx": ((3, 2), "int32"), "topk_weights": ((3, 2), "float32"), "num_experts": 4, **arguments
+        "topk_idx": ((3, 2), "int32"),
+        "topk_weights": ((3, 2), "float32"),
+        "num_experts": 4,
+        **arguments,
     }
     given = {
         name: kind.full(value[0], 0, value[1]) if isinstance(value, tuple) else value
@@ -354,8 +385,12 @@ def test_make_plan(kind, arguments, error, words):
 @pytest.mark.parametrize("product", [grouped_gemm, grouped_gemm_wgrad])
 @pytest.mark.parametrize(
     ("offsets", "words"),
-    [([1, 2, 3], ["starts at 1"]), ([0, 3, 2], ["never fall"]), ([0, 2, 7], ["ends at 7", "number of rows 6"])],
-    ids=str,
+    [
+        ([1, 2, 3], ["starts at 1"]),
+        ([0, 3, 2], ["never fall"]),
+        ([0, 2, 7], ["ends at 7", "number of rows 6"]),
+    ],
+    ids=label,
 )
 def test_offsets_from_outside(kind, product, offsets, words):
     a = kind.full((6, 3), 1, "float32")
@@ -392,7 +427,7 @@ WGRAD = {"a": ((6, 3), "float32"), "b": ((6, 5), "float32"), "expert_offsets": (
         (grouped_gemm_wgrad, "b_index", ((6, 6), "int32"), errors.ShapeError),
         (grouped_gemm_wgrad, "out", ((2, 5, 3), "float32"), errors.ShapeError),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ids=label,
 )
 def test_grouped_products(kind, product, name, what, error):
     given = {**(GEMM if product is grouped_gemm else WGRAD), name: what}
@@ -425,10 +460,10 @@ def good_plan(kind):
         ("expert_offsets", ((5,), "int64"), errors.DTypeError),
         ("token_rows", ((6,), "int32"), errors.ShapeError),
     ],
-    ids=str,
+    ids=label,
 )
 def test_permute_by_a_plan_that_does_not_fit(kind, name, what, error):
-    plan = good_plan(kind)._replace(**{name: kind.full(*(what[0], 0, what[1]))})
+    plan = good_plan(kind)._replace(**{name: kind.full(what[0], 0, what[1])})
     with refused(error, rf"{name}\b"):
         permute(kind.full((3, 4), 0, "float32"), plan)
 
@@ -441,10 +476,10 @@ def test_permute_by_a_plan_that_does_not_fit(kind, name, what, error):
         ("topk_weights", ((3, 3), "float32"), errors.ShapeError),
         ("topk_weights", ((3, 2), "float64"), errors.DTypeError),
     ],
-    ids=str,
+    ids=label,
 )
 def test_combine_by_a_plan_that_does_not_fit(kind, name, what, error):
-    plan = good_plan(kind)._replace(**{name: kind.full(*(what[0], 0, what[1]))})
+    plan = good_plan(kind)._replace(**{name: kind.full(what[0], 0, what[1])})
     with refused(error, rf"{name}\b"):
         combine(kind.full((6, 4), 0, "float32"), plan)
 
@@ -525,6 +560,8 @@ def test_overflow_names_the_expert_and_the_counts(kind):
     with refused(errors.CapacityError, "expert 2: 8 rows", "more than 3 rows", "allow_dropped_tokens"):
         run_layer(kind, config, layer, "float32", options=("expert_bias",))
     run_layer(kind, replace(config, max_tokens_per_expert=8), layer, "float32", options=("expert_bias",))
+    with refused(errors.CapacityError, "expert 2: 8 rows", "more than 7 rows"):
+        run_layer(kind, replace(config, max_tokens_per_expert=7), layer, "float32", options=("expert_bias",))
     factor = replace(config, max_tokens_per_expert=None, capacity_factor=1.0)
     with refused(errors.CapacityError, "expert 2: 8 rows", "more than 4 rows"):
         run_layer(kind, factor, layer, "float32", options=("expert_bias",))
@@ -575,7 +612,9 @@ def test_device_of_another_maker(device_type):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["gate_weight", "w_up", "w_down", "router_input", "expert_bias", "valid_mask", "out"])
+@pytest.mark.parametrize(
+    "name", ["gate_weight", "w_up", "w_down", "router_input", "expert_bias", "valid_mask", "out"]
+)
 def test_arrays_on_different_devices(cupy_kind, name):
     arrays = layer_arrays(cupy_kind)
     arrays[name] = cupy_kind.host(arrays[name])
@@ -604,7 +643,7 @@ def test_thread_count(threads):
 def test_out_of_memory_leaves_the_layer_usable(monkeypatch):
     kind, layer = NumpyKind(), random_layer(CONFIG, T, "float32")
     before, _ = run_layer(kind, CONFIG, layer, "float32")
-    for fails_at in range(8):
+    for fails_at in range(7):  # output, logits, losses, routing, z, a, y
         calls = iter(range(1000))
 
         def empty(*args, fails_at=fails_at, calls=calls, real=np.empty):
@@ -615,8 +654,13 @@ def test_out_of_memory_leaves_the_layer_usable(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(np, "empty", empty)
             with refused(errors.OutOfMemoryError, "no room"):
-                moe_forward(*[kind.array(getattr(layer, n), "float32") for n in ("x", "gate_weight", "w_up", "w_down")],
-                            CONFIG)
+                moe_forward(
+                    *[
+                        kind.array(getattr(layer, n), "float32")
+                        for n in ("x", "gate_weight", "w_up", "w_down")
+                    ],
+                    CONFIG,
+                )
         after, _ = run_layer(kind, CONFIG, layer, "float32")
         assert bits(kind, before.output) == bits(kind, after.output)
 

@@ -136,20 +136,43 @@ def test_products_round_once(kind, inner, columns, dtype):
     )
 
 
-def test_many_rows_and_wide_experts(kind):
-    """Several tiles in every direction, exactly."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1500, 90, 70), (40, 2100, 70), (40, 70, 2100)])
+def test_more_than_one_tile_in_every_direction(kind, rows, inner, columns, dtype):
+    """Exact, as above, for sizes that any backend cuts into several pieces."""
     rng = np.random.default_rng(2)
-    offsets, index = np.array([0, 700, 701, 1500]), rng.integers(0, 600, 1500)
-    x, w, g = whole_numbers(rng, 600, 300), whole_numbers(rng, 3, 290, 300), whole_numbers(rng, 1500, 290)
-    a, b, c = (kind.array(v, "float32") for v in (x, w, g))
-    where, rows = kind.array(offsets, "int32"), kind.array(index, "int32")
+    offsets = np.array([0, rows // 2, rows // 2 + 1, rows])
+    index = rng.integers(0, 60, rows)
+    x, w, g = (
+        whole_numbers(rng, 60, inner),
+        whole_numbers(rng, 3, columns, inner),
+        whole_numbers(rng, rows, columns),
+    )
+    a, b, c = (kind.array(v, dtype) for v in (x, w, g))
+    where, picks = kind.array(offsets, "int32"), kind.array(index, "int32")
     expert = np.repeat(np.arange(3), np.diff(offsets))
-    got = numbers(kind, grouped_gemm(a, b, where, row_index=rows))
+    product = numbers(kind, grouped_gemm(a, b, where, row_index=picks))
+    back = numbers(kind, grouped_gemm(c, b, where, transpose_b=False))
+    gradient = numbers(kind, grouped_gemm_wgrad(c, a, where, b_index=picks))
     for e in range(3):
-        assert (got[expert == e] == x[index[expert == e]] @ w[e].T).all()
-    got = numbers(kind, grouped_gemm_wgrad(c, a, where, b_index=rows))
+        mine = expert == e
+        assert (product[mine] == rounded(x[index[mine]] @ w[e].T, dtype)).all()
+        assert (back[mine] == rounded(g[mine] @ w[e], dtype)).all()
+        assert (gradient[e] == rounded(g[mine].T @ x[index[mine]], dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "left", "right"), [(1500, 24, 40), (60, 600, 530)])
+def test_wgrad_of_more_than_one_tile(kind, rows, left, right, dtype):
+    rng = np.random.default_rng(3)
+    a, b = whole_numbers(rng, rows, left), whole_numbers(rng, rows, right)
+    offsets = np.array([0, rows - 9, rows - 9, rows])
+    got = numbers(
+        kind, grouped_gemm_wgrad(kind.array(a, dtype), kind.array(b, dtype), kind.array(offsets, "int32"))
+    )
     for e in range(3):
-        assert (got[e] == g[expert == e].T @ x[index[expert == e]]).all()
+        mine = slice(offsets[e], offsets[e + 1])
+        assert (got[e] == rounded(a[mine].T @ b[mine], dtype)).all()
 
 
 @st.composite
@@ -236,7 +259,11 @@ def test_activation_far_out(kind, activation, dtype):
     )
     I, W = len(gate), router_dtype(dtype)
     z = np.concatenate([gate, np.ones(I)])[None]
-    dz, pa, dp = kind.full((1, 2 * I), np.nan, dtype), kind.full((1, I), np.nan, dtype), kind.full((1,), np.nan, W)
+    dz, pa, dp = (
+        kind.full((1, 2 * I), np.nan, dtype),
+        kind.full((1, I), np.nan, dtype),
+        kind.full((1,), np.nan, W),
+    )
     call_stage(
         kind,
         "grouped_glu_backward",
@@ -253,8 +280,12 @@ def test_activation_far_out(kind, activation, dtype):
     )
     act, slope = reference.activate(activation, gate)
     got = numbers(kind, dz)[0]
-    relative, worst = TOLERANCE[dtype]
-    for name, result, want in (("slope", got[:I], slope), ("act", got[I:], act), ("pa", numbers(kind, pa)[0], act)):
+    relative, _ = TOLERANCE[dtype]
+    for name, result, want in (
+        ("slope", got[:I], slope),
+        ("act", got[I:], act),
+        ("pa", numbers(kind, pa)[0], act),
+    ):
         # element by element: each has its own size; near 0 the result's own granularity
         error = np.abs(result - want)
         assert (error <= relative * np.abs(want) + relative * 1e-2).all(), (name, gate[np.argmax(error)])

@@ -92,7 +92,9 @@ def test_imports_run_one_way(path):
     if inside.stem in ("config", "errors", "plan"):
         forbidden += ["ffmoe_core.arrays", "ffmoe_core.checks", "ffmoe_core.backend", "numpy"]
     for name, place in imports_of(path):
-        assert not any(name == bad or name.startswith(f"{bad}.") for bad in forbidden), f"{place} imports {name}"
+        assert not any(name == bad or name.startswith(f"{bad}.") for bad in forbidden), (
+            f"{place} imports {name}"
+        )
 
 
 def test_the_reference_imports_nothing_of_ours():

@@ -1,4 +1,4 @@
-"""The reference itself: its gradients against finite differences, its plain parts against small worked examples."""
+"""The reference itself: its gradients against finite differences, its parts against worked examples."""
 
 import math
 from types import SimpleNamespace

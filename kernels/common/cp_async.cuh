@@ -1,0 +1,15 @@
+// Asynchronous copies from global to shared memory (sm_80).
+#pragma once
+
+#include "types.cuh"
+
+// 16 bytes, or zeros where there is nothing to read; `from` must be a valid address either way.
+__device__ __forceinline__ void copy16_async(uint32 to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most `pending` of the newest groups are still on their way.
+template <int pending> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}

@@ -1,0 +1,47 @@
+// What the 32 lanes of a warp work out together. Every lane must take part, and every lane gets the answer.
+#pragma once
+
+#include "common/types.cuh"
+
+constexpr uint32 ALL_LANES = 0xffffffffu;
+
+__device__ __forceinline__ uint32 lower_lanes() { return (1u << (threadIdx.x & 31)) - 1; }
+
+// The same bits in every lane: x + y and y + x are equal.
+template <class A> __device__ __forceinline__ A warp_sum(A x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    return x;
+}
+
+__device__ __forceinline__ int warp_sum(int x) { return __reduce_add_sync(ALL_LANES, x); }
+
+template <class A> __device__ __forceinline__ A warp_max(A x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        const A other = __shfl_xor_sync(ALL_LANES, x, distance);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+__device__ __forceinline__ uint32 warp_max(uint32 x) { return __reduce_max_sync(ALL_LANES, x); }
+
+__device__ __forceinline__ uint64 warp_max(uint64 x) {
+    const uint32 high = uint32(x >> 32);
+    const uint32 best = warp_max(high);
+    return uint64(best) << 32 | warp_max(high == best ? uint32(x) : 0u);
+}
+
+__device__ __forceinline__ int warp_min(int x) { return __reduce_min_sync(ALL_LANES, x); }
+
+// The sum over this and the lower lanes.
+__device__ __forceinline__ int warp_inclusive_scan(int x) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const int below = __shfl_up_sync(ALL_LANES, x, distance);
+        if (lane >= distance) x += below;
+    }
+    return x;
+}

@@ -1,0 +1,91 @@
+// Rows moved between token order and expert order: the gather, and the gather-and-sum.
+//
+// Memory-bound: a thread takes one vector of columns, lanes next to each other take columns next to each
+// other, and several loads are in flight. Compiled with -DX_TYPE= the rows' type and -DWIDTH= elements of a
+// vector: 16 bytes where the width and the addresses divide by it, 1 elsewhere.
+#include "common/types.cuh"
+
+using X = type_of<X_TYPE>;
+using W = accumulator_of<X>;
+using Columns = Vector<X, WIDTH>;
+
+constexpr int THREADS = 256;
+constexpr int COPIES = 4;  // vectors a thread copies
+constexpr int LOADS = 4;   // rows a thread reads before it adds them up
+
+// Where a thread works: `1 << log_lanes` threads share a segment of a row, `segments` make the row.
+struct Place {
+    int64 row;
+    int column;  // in vectors
+};
+
+__device__ __forceinline__ Place place(int log_lanes, uint32 segments, int vectors_per_thread) {
+    const uint64 thread = uint64(blockIdx.x) * THREADS + threadIdx.x;
+    const uint32 unit = uint32(thread >> log_lanes);
+    const uint32 segment = unit % segments;
+    const int lane = threadIdx.x & ((1 << log_lanes) - 1);
+    return {unit / segments, int(segment << log_lanes) * vectors_per_thread + lane};
+}
+
+// out[r] = x[row_token[r]]; zeros at and past *num_kept and where row_token names no token. `columns` is the
+// width in vectors.
+extern "C" __global__ void __launch_bounds__(THREADS) permute(
+    const X* x, const int* row_token, const int* num_kept, X* out, int64 num_tokens, int64 num_rows,
+    int columns, int log_lanes, uint32 segments
+) {
+    const Place at = place(log_lanes, segments, COPIES);
+    if (at.row >= num_rows) return;
+    const int token = at.row < *num_kept ? row_token[at.row] : -1;
+    const bool named = token >= 0 && token < num_tokens;
+    Columns values[COPIES];
+#pragma unroll
+    for (int i = 0; i < COPIES; i++) {
+        const int column = at.column + (i << log_lanes);
+        values[i] = Columns{};
+        if (named && column < columns) {
+            values[i] = load_vector<X, WIDTH>(x + (int64(token) * columns + column) * WIDTH);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < COPIES; i++) {
+        const int column = at.column + (i << log_lanes);
+        if (column < columns) store_vector(out + (at.row * columns + column) * WIDTH, values[i]);
+    }
+}
+
+// out[t] = sum over k, ascending, of weights[t, k] * rows[token_rows[t, k]]; a slot that names no row adds
+// nothing. weights may be NULL: ones.
+extern "C" __global__ void __launch_bounds__(THREADS) combine(
+    const X* rows, const int* token_rows, const W* weights, X* out, int64 num_tokens, int64 num_rows, int top_k,
+    int columns, int log_lanes, uint32 segments
+) {
+    const Place at = place(log_lanes, segments, 1);
+    if (at.row >= num_tokens || at.column >= columns) return;
+    const int64 slot = at.row * top_k;
+    W sums[WIDTH] = {};
+    for (int first = 0; first < top_k; first += LOADS) {
+        int row[LOADS];
+        W weight[LOADS];
+        Columns values[LOADS];
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            row[i] = first + i < top_k ? token_rows[slot + first + i] : -1;
+            weight[i] = weights != nullptr && first + i < top_k ? weights[slot + first + i] : W(1);
+            if (row[i] >= num_rows) row[i] = -1;
+        }
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            if (row[i] >= 0) values[i] = load_vector<X, WIDTH>(rows + (int64(row[i]) * columns + at.column) * WIDTH);
+        }
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            if (row[i] < 0) continue;
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) sums[j] += weight[i] * widen(values[i].at[j]);
+        }
+    }
+    Columns sum;
+#pragma unroll
+    for (int j = 0; j < WIDTH; j++) sum.at[j] = narrow_to<X>(sums[j]);
+    store_vector(out + (at.row * columns + at.column) * WIDTH, sum);
+}

@@ -1,0 +1,454 @@
+// The router: scores, the choice of experts, weights, counts and losses of a token in one kernel, and its
+// gradient in another. One warp takes a token; lane i holds the experts i, i + 32, i + 64, ...
+//
+// Compiled with -DW_TYPE= the router's type (float or double) and -DEXPERTS_PER_LANE= at least E / 32.
+#include "common/arrival.cuh"
+#include "common/order.cuh"
+#include "common/types.cuh"
+#include "common/warp.cuh"
+
+using W = type_of<W_TYPE>;
+using Key = key_of<W>;
+
+constexpr int N = EXPERTS_PER_LANE;
+constexpr int WARPS = 8;
+constexpr int FINISH_THREADS = 1024;  // at least E, and at least the blocks of `route`
+constexpr int FINISH_SLICES = FINISH_THREADS / 32;
+
+// The same as in ffmoe_core/cuda/routing.pyx.
+struct Router {
+    int64 num_tokens;
+    int num_experts;
+    int top_k;
+    int num_groups;  // 0: no groups
+    int topk_groups;
+    int sigmoid;  // gating: 1 sigmoid, 0 softmax
+    int normalise;
+    double scale;
+    double aux_coeff;
+    double z_coeff;
+};
+
+__device__ __forceinline__ W minus_infinity() { return W(__int_as_float(0xff800000)); }
+
+__device__ __forceinline__ W sigmoid(W x) {
+    const W e = exp(-fabs(x));
+    return (x >= 0 ? W(1) : e) / (1 + e);
+}
+
+__device__ __forceinline__ W log_sigmoid(W x) { return (x < 0 ? x : W(0)) - log1p(exp(-fabs(x))); }
+
+// A token's logits; minus infinity, the score 0, where there is no expert.
+__device__ __forceinline__ void load_logits(const W* logits, int num_experts, W (&out)[N]) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int e = lane + 32 * i;
+        out[i] = e < num_experts ? logits[e] : minus_infinity();
+    }
+}
+
+// What the exponentials of a softmax were relative to, and their sum.
+struct Normaliser {
+    W top;
+    W sum;
+};
+
+// out = softmax(x).
+__device__ __forceinline__ Normaliser softmax(const W (&x)[N], W (&out)[N]) {
+    W top = x[0];
+#pragma unroll
+    for (int i = 1; i < N; i++) top = x[i] > top ? x[i] : top;
+    top = warp_max(top);
+    W sum = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        out[i] = exp(x[i] - top);
+        sum += out[i];
+    }
+    sum = warp_sum(sum);
+    const W inverse = 1 / sum;
+#pragma unroll
+    for (int i = 0; i < N; i++) out[i] *= inverse;
+    return {top, sum};
+}
+
+__device__ __forceinline__ void log_sigmoids(const W (&x)[N], W (&out)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) out[i] = log_sigmoid(x[i]);
+}
+
+// --- choice ---
+
+// The index of the largest key, the lower one of equals. Takes it out: its key becomes 0.
+__device__ __forceinline__ int take_best(Key (&keys)[N]) {
+    const int lane = threadIdx.x & 31;
+    Key mine = keys[0];
+    int index = lane;
+#pragma unroll
+    for (int i = 1; i < N; i++) {
+        if (keys[i] > mine) {
+            mine = keys[i];
+            index = lane + 32 * i;
+        }
+    }
+    const Key best = warp_max(mine);
+    index = warp_min(mine == best ? index : 32 * N);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (index == lane + 32 * i) keys[i] = 0;
+    }
+    return index;
+}
+
+// The key of the sum of a group's two largest choices.
+__device__ __forceinline__ Key group_key(const Key (&keys)[N], int first_expert, int size) {
+    const int lane = threadIdx.x & 31;
+    Key largest = 0, second = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int e = lane + 32 * i;
+        if (e < first_expert || e >= first_expert + size) continue;
+        if (keys[i] > largest) {
+            second = largest;
+            largest = keys[i];
+        } else if (keys[i] > second) {
+            second = keys[i];
+        }
+    }
+    const Key best = warp_max(largest);
+    if (size == 1) return best;
+    const int holder = warp_min(largest == best ? lane : 32);
+    const Key next = warp_max(lane == holder ? second : largest);
+    return order_key(number_of(best) + number_of(next));
+}
+
+// Takes out the experts of all but the best groups. Groups lie over the lanes as experts do.
+__device__ __forceinline__ void keep_best_groups(const Router& router, Key (&keys)[N]) {
+    const int lane = threadIdx.x & 31;
+    const int size = router.num_experts / router.num_groups;
+    Key groups[N] = {};
+    for (int g = 0; g < router.num_groups; g++) {
+        const Key key = group_key(keys, g * size, size);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (g == lane + 32 * i) groups[i] = key;
+        }
+    }
+    uint32 open = 0;
+    for (int n = 0; n < router.topk_groups; n++) {
+        const int first_expert = take_best(groups) * size;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int e = lane + 32 * i;
+            if (e >= first_expert && e < first_expert + size) open |= 1u << i;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (!(open >> i & 1)) keys[i] = 0;
+    }
+}
+
+// --- forward ---
+
+// The blocks' sums go to score_sums [blocks, E], counts [blocks, E] and loss_sums [blocks, 2], which
+// `route_finish` adds up in a fixed order.
+extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
+    const Router router, const W* logits, const float* expert_bias, const unsigned char* valid_mask,
+    int* topk_idx, W* topk_weights, W* score_sums, int* counts, W* loss_sums, uint32* arrived
+) {
+    __shared__ W block_scores[32 * N];
+    __shared__ int block_counts[32 * N];
+    __shared__ W warp_losses[WARPS][2];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    const int num_experts = router.num_experts, top_k = router.top_k;
+    const W scale = W(router.scale);
+    for (int e = threadIdx.x; e < num_experts; e += 32 * WARPS) block_counts[e] = 0;
+    __syncthreads();
+
+    W q_sums[N] = {};
+    W z_sum = 0, entropy_sum = 0;
+    const int64 step = int64(gridDim.x) * WARPS;
+    for (int64 t = int64(blockIdx.x) * WARPS + warp; t < router.num_tokens; t += step) {
+        int* experts = topk_idx + t * top_k;
+        W* weights = topk_weights + t * top_k;
+        if (valid_mask != nullptr && !valid_mask[t]) {
+            for (int k = lane; k < top_k; k += 32) {
+                experts[k] = -1;
+                weights[k] = 0;
+            }
+            continue;
+        }
+        const W* token_logits = logits + t * num_experts;
+        W l[N], q[N];
+        load_logits(token_logits, num_experts, l);
+        const Normaliser full = softmax(l, q);
+
+        Key keys[N];
+        const bool by_logit = expert_bias == nullptr && router.num_groups == 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int e = lane + 32 * i;
+            if (e >= num_experts) {
+                keys[i] = 0;
+            } else if (by_logit) {
+                keys[i] = order_key(l[i]);
+            } else {
+                const W score = router.sigmoid ? sigmoid(l[i]) : q[i];
+                keys[i] = order_key(score + (expert_bias != nullptr ? W(expert_bias[e]) : W(0)));
+            }
+        }
+        if (router.num_groups > 0) keep_best_groups(router, keys);
+        int chosen = 0;  // lane k knows the k-th without reading it back
+        for (int k = 0; k < top_k; k++) {
+            const int e = take_best(keys);
+            if (lane == (k & 31)) {
+                experts[k] = e;
+                if (k < 32) chosen = e;
+            }
+        }
+
+        const auto chosen_logit = [&](int k) { return token_logits[k < 32 ? chosen : experts[k]]; };
+        if (router.normalise) {
+            const auto score = [&](int k) {
+                const W logit = chosen_logit(k);
+                return router.sigmoid ? log_sigmoid(logit) : logit;
+            };
+            W top = minus_infinity();
+            for (int k = lane; k < top_k; k += 32) {
+                const W x = score(k);
+                top = x > top ? x : top;
+            }
+            top = warp_max(top);
+            W sum = 0;
+            for (int k = lane; k < top_k; k += 32) sum += exp(score(k) - top);
+            sum = warp_sum(sum);
+            for (int k = lane; k < top_k; k += 32) weights[k] = exp(score(k) - top) / sum * scale;
+        } else {
+            for (int k = lane; k < top_k; k += 32) {
+                const W logit = chosen_logit(k);
+                weights[k] = (router.sigmoid ? sigmoid(logit) : exp(logit - full.top) / full.sum) * scale;
+            }
+        }
+
+        for (int k = lane; k < top_k; k += 32) atomicAdd(&block_counts[k < 32 ? chosen : experts[k]], 1);
+
+        const W lse = full.top + log(full.sum);
+        z_sum += lse * lse;
+        Normaliser scores = full;
+        if (router.sigmoid) {
+            log_sigmoids(l, l);
+            scores = softmax(l, q);
+        }
+        const W log_sum = log(scores.sum);
+        W entropy = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            q_sums[i] += q[i];
+            // -q log q; a score of 0 adds nothing, NaN does
+            if (q[i] != 0) entropy += q[i] * (log_sum - (l[i] - scores.top));
+        }
+        entropy_sum += warp_sum(entropy);
+    }
+
+    if (lane == 0) {
+        warp_losses[warp][0] = z_sum;
+        warp_losses[warp][1] = entropy_sum;
+    }
+    for (int w = 0; w < WARPS; w++) {
+        if (warp == w) {
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                const int e = lane + 32 * i;
+                block_scores[e] = w == 0 ? q_sums[i] : block_scores[e] + q_sums[i];
+            }
+        }
+        __syncthreads();
+    }
+    const int64 first = int64(blockIdx.x) * num_experts;
+    for (int e = threadIdx.x; e < num_experts; e += 32 * WARPS) {
+        score_sums[first + e] = block_scores[e];
+        counts[first + e] = block_counts[e];
+    }
+    if (threadIdx.x < 2) {
+        W sum = 0;
+        for (int w = 0; w < WARPS; w++) sum += warp_losses[w][threadIdx.x];
+        loss_sums[2 * blockIdx.x + threadIdx.x] = sum;
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) *arrived = 0;
+}
+
+// The sum over the block's threads, in a fixed order.
+__device__ double block_sum(double x) {
+    __shared__ double sums[FINISH_SLICES];
+    x = warp_sum(x);
+    __syncthreads();  // an earlier sum has been read
+    if ((threadIdx.x & 31) == 0) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    double total = 0;
+    for (int w = 0; w < FINISH_SLICES; w++) total += sums[w];
+    return total;
+}
+
+// A block adds up the sums of 32 experts, a warp every FINISH_SLICES-th of `blocks` rows; the last block
+// makes the losses. expert_scores [E] is scratch.
+extern "C" __global__ void __launch_bounds__(FINISH_THREADS) route_finish(
+    const Router router, const W* score_sums, const int* counts, const W* loss_sums, int blocks,
+    double* expert_scores, int* tokens_per_expert, W* losses, uint32* arrived
+) {
+    __shared__ double slice_scores[FINISH_SLICES][32];
+    __shared__ int slice_counts[FINISH_SLICES][32];
+    const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
+    const int num_experts = router.num_experts;
+    const int e = blockIdx.x * 32 + lane;
+    double score = 0;
+    int count = 0;
+    if (e < num_experts) {
+        for (int row = slice; row < blocks; row += FINISH_SLICES) {
+            const int64 at = int64(row) * num_experts + e;
+            score += score_sums[at];
+            count += counts[at];
+        }
+    }
+    slice_scores[slice][lane] = score;
+    slice_counts[slice][lane] = count;
+    __syncthreads();
+    if (slice == 0 && e < num_experts) {
+        for (int s = 1; s < FINISH_SLICES; s++) {
+            score += slice_scores[s][lane];
+            count += slice_counts[s][lane];
+        }
+        expert_scores[e] = score;
+        tokens_per_expert[e] = count;
+    }
+    if (!last_block(arrived)) return;
+
+    const int i = threadIdx.x;
+    const double rows = i < num_experts ? fresh(tokens_per_expert + i) : 0;
+    const double balance = block_sum(i < num_experts ? rows * fresh(expert_scores + i) : 0);
+    const double z = block_sum(i < blocks ? double(loss_sums[2 * i]) : 0);
+    const double entropy = block_sum(i < blocks ? double(loss_sums[2 * i + 1]) : 0);
+    const double valid = block_sum(rows) / router.top_k;
+    if (i == 0) {
+        losses[0] = valid > 0 ? W(router.aux_coeff * num_experts * (balance / valid / valid)) : W(0);
+        losses[1] = valid > 0 ? W(router.z_coeff * (z / valid)) : W(0);
+        losses[2] = valid > 0 ? W(entropy / valid) : W(0);
+    }
+}
+
+// --- backward ---
+
+// grad += the gradient by x of w = softmax(x), where dw is the one by w.
+__device__ __forceinline__ void add_softmax_gradient(const W (&w)[N], const W (&dw)[N], W (&grad)[N]) {
+    W mean = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) mean += w[i] * dw[i];
+    mean = warp_sum(mean);
+#pragma unroll
+    for (int i = 0; i < N; i++) grad[i] += w[i] * (dw[i] - mean);
+}
+
+// dlogits of every token. grad_losses may be NULL: zeros.
+extern "C" __global__ void __launch_bounds__(32 * WARPS) route_backward(
+    const Router router, const W* logits, const int* topk_idx, const int* tokens_per_expert,
+    const int* token_rows, const W* dp_rows, const W* grad_losses, W* dlogits
+) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    const int num_experts = router.num_experts, top_k = router.top_k;
+    const int64 num_rows = router.num_tokens * top_k;
+    const W scale = W(router.scale);
+
+    int rows = 0;
+    int counts[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int e = lane + 32 * i;
+        counts[i] = e < num_experts ? tokens_per_expert[e] : 0;
+        rows += counts[i];
+    }
+    const double valid = double(warp_sum(rows)) / top_k;
+    double aux_grad = 0, z_grad = 0;
+    if (grad_losses != nullptr && valid > 0) {
+        aux_grad = grad_losses[0] * router.aux_coeff * num_experts / valid;
+        z_grad = grad_losses[1] * router.z_coeff * 2 / valid;
+    }
+    W balance[N];  // the aux loss's gradient by q
+#pragma unroll
+    for (int i = 0; i < N; i++) balance[i] = valid > 0 ? W(aux_grad * (counts[i] / valid)) : W(0);
+
+    const int64 step = int64(gridDim.x) * WARPS;
+    for (int64 t = int64(blockIdx.x) * WARPS + warp; t < router.num_tokens; t += step) {
+        const int* experts = topk_idx + t * top_k;
+        W grad[N] = {};
+        if (experts[0] >= 0) {
+            W l[N], dw[N] = {};
+            load_logits(logits + t * num_experts, num_experts, l);
+            uint32 selected = 0;
+            // the weights' gradients, from the lane of the slot to the lane of the expert
+            for (int first = 0; first < top_k; first += 32) {
+                int expert = -1;
+                W mine = 0;
+                if (first + lane < top_k) {
+                    expert = experts[first + lane];
+                    const int row = token_rows[t * top_k + first + lane];
+                    if (row >= 0 && row < num_rows) mine = dp_rows[row] * scale;
+                    if (expert >= num_experts) expert = -1;
+                }
+                const int slots = top_k - first < 32 ? top_k - first : 32;
+                for (int j = 0; j < slots; j++) {
+                    const int e = __shfl_sync(ALL_LANES, expert, j);
+                    const W d = __shfl_sync(ALL_LANES, mine, j);
+#pragma unroll
+                    for (int i = 0; i < N; i++) {
+                        if (e == lane + 32 * i) {
+                            dw[i] = d;
+                            selected |= 1u << i;
+                        }
+                    }
+                }
+            }
+
+            W v[N], w[N];  // the weights are a softmax over v, of all experts or of the selected
+            if (router.sigmoid) {
+                log_sigmoids(l, v);
+            } else {
+#pragma unroll
+                for (int i = 0; i < N; i++) v[i] = l[i];
+            }
+            if (router.normalise) {
+#pragma unroll
+                for (int i = 0; i < N; i++) w[i] = selected >> i & 1 ? v[i] : minus_infinity();
+                softmax(w, w);
+                add_softmax_gradient(w, dw, grad);
+            } else if (router.sigmoid) {
+                // exp(v), each by itself
+#pragma unroll
+                for (int i = 0; i < N; i++) grad[i] = dw[i] * sigmoid(l[i]);
+            } else {
+                softmax(v, w);
+                add_softmax_gradient(w, dw, grad);
+            }
+            if (aux_grad != 0) {
+                softmax(v, w);
+                add_softmax_gradient(w, balance, grad);
+            }
+            if (router.sigmoid) {
+                // from v = log sigmoid(l) to l
+#pragma unroll
+                for (int i = 0; i < N; i++) grad[i] *= sigmoid(-l[i]);
+            }
+            if (z_grad != 0) {
+                const Normaliser full = softmax(l, w);
+                const W by_lse = W(z_grad) * (full.top + log(full.sum));
+#pragma unroll
+                for (int i = 0; i < N; i++) grad[i] += by_lse * w[i];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int e = lane + 32 * i;
+            if (e < num_experts) dlogits[t * num_experts + e] = grad[i];
+        }
+    }
+}
