@@ -54,6 +54,7 @@ def moe_forward(
     router_input : [T, H], dtype of x: what the gate reads instead of x.
     expert_bias : [E] float32, added to the scores for the selection only.
     valid_mask : [T] bool or uint8; tokens with 0 are ignored: no expert, zero output, no part in losses.
+        What they hold must be finite all the same.
     save_for_backward : False when no backward will follow; the result's ``z`` is then None.
     out : [T, H], dtype of x: where to write the output.
 

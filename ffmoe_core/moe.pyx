@@ -244,7 +244,7 @@ def moe_backward(
     check_shape(block, "saved.routing", "[RoutingLayout.nbytes]", inputs.layout.nbytes)
     check_device(block, "saved.routing", inputs.x, "x")
     check_dtype(block, "saved.routing", (<int>UINT8,))
-    cdef Array d_losses = None, z, rows_scratch
+    cdef Array d_losses = None, z
     if grad_losses is not None:
         d_losses = view(grad_losses, "grad_losses")
         check_shape(d_losses, "grad_losses", "[3]", 3)

@@ -1,8 +1,9 @@
 // The stable counting sort that brings slots t*K + k into the order of their experts.
 //
 // A chunk of slots is a block's: `sort_count` counts each chunk's slots by expert, `sort_scan` turns the
-// counts into where the chunk's rows begin, `sort_place` puts every slot in its row. Where an expert keeps
-// its heaviest rows, `sort_place` only orders the slots and `sort_select` takes its pick of them.
+// counts into where the chunk's rows begin, `sort_place` puts every slot in its row. A single chunk needs
+// `sort_place` alone. Where an expert keeps its heaviest rows, `sort_place` only orders the slots and
+// `sort_select` takes its pick of them.
 //
 // Compiled with -DW_TYPE= the weights' type (float or double).
 #include "common/arrival.cuh"
@@ -99,14 +100,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) sort_scan(
     if (starts != nullptr) scan_sizes(sizes, num_experts, 0x7fffffff, starts);
 }
 
-// Without `starts` every slot gets its row, or -1 past the first `capacity` of its expert. With it, `order`
-// takes the slots by expert and `keys` the order of their weights, for `sort_select`.
+// Without `order` every slot gets its row, or -1 past the first `capacity` of its expert. With it, `order`
+// takes the slots by expert and `keys` the order of their weights, for `sort_select`. Without `counts` this is
+// the only chunk, and makes expert_offsets and starts itself.
 extern "C" __global__ void __launch_bounds__(THREADS) sort_place(
     const int* topk_idx, const W* topk_weights, int64 slots, int top_k, int num_experts, int capacity,
-    const int* counts, const int* expert_offsets, int* row_token, W* row_weights, int* token_rows,
-    const int* starts, int* order, Key* keys
+    const int* counts, int* expert_offsets, int* row_token, W* row_weights, int* token_rows,
+    int* starts, int* order, Key* keys
 ) {
     __shared__ int next[WARPS][MAX_EXPERTS];  // the warp's rows of an expert, then the rank of its next one
+    __shared__ int sizes[MAX_EXPERTS];        // of the only chunk
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int64 chunk = int64(blockIdx.x) * CHUNK;
     const int64 first = chunk + warp * (32 * SLOTS_PER_LANE) + lane;
@@ -127,14 +130,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) sort_place(
     }
     __syncthreads();
     for (int e = threadIdx.x; e < num_experts; e += THREADS) {
-        int rank = counts[int64(e) * gridDim.x + blockIdx.x];
+        int rank = counts != nullptr ? counts[int64(e) * gridDim.x + blockIdx.x] : 0;
         for (int w = 0; w < WARPS; w++) {
             const int size = next[w][e];
             next[w][e] = rank;
             rank += size;
         }
+        sizes[e] = rank;
     }
     __syncthreads();
+    if (counts == nullptr) {
+        scan_sizes(sizes, num_experts, capacity, expert_offsets);
+        if (starts != nullptr) scan_sizes(sizes, num_experts, 0x7fffffff, starts);
+        __syncthreads();
+    }
 
 #pragma unroll
     for (int i = 0; i < SLOTS_PER_LANE; i++) {
@@ -147,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sort_place(
         if (slot >= slots) continue;
         if (e < 0) {
             token_rows[slot] = -1;
-        } else if (starts != nullptr) {
+        } else if (order != nullptr) {
             order[starts[e] + rank] = int(slot);
             keys[starts[e] + rank] = order_key(topk_weights[slot]);
         } else if (rank < capacity) {

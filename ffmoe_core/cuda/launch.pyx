@@ -69,8 +69,8 @@ cdef class Kernel:
         error = driver.launch(
             self.function, grid_x, grid_y, grid_z, block, 1, 1, smem, <void*>stream, params, NULL
         )
-        if current != self.context:
-            driver.set_context(current)
+        if current != self.context and current != NULL:
+            driver.set_context(current)  # a thread without any context, such as autograd's, keeps ours
         if error != 0:
             raise launch_error(self.name, error, (grid_x, grid_y, grid_z), block, smem)
         return 0

@@ -37,6 +37,25 @@ def variants():
     return sorts + moves
 
 
+cdef int _count_chunks(
+    Space space, tuple defines, Array topk_idx, int64_t slots, int32_t chunks, int32_t limit,
+    Array expert_offsets, char* counts, char* sizes, char* starts, char* arrived,
+) except -1:
+    """Where each chunk's rows of each expert begin, expert_offsets and, unless it is NULL, starts."""
+    cdef int32_t num_experts = <int32_t>(expert_offsets.dims[0] - 1)
+    cdef Parameter[5] count_params = [&topk_idx.data, &slots, &num_experts, &counts, &arrived]
+    kernel("sort.cu", "sort_count", defines, space.device_id, 0).launch(
+        chunks, 1, 1, THREADS, 0, space.stream, count_params
+    )
+    cdef Parameter[8] scan_params = [
+        &counts, &chunks, &num_experts, &limit, &sizes, &expert_offsets.data, &starts, &arrived
+    ]
+    kernel("sort.cu", "sort_scan", defines, space.device_id, 0).launch(
+        num_experts, 1, 1, THREADS, 0, space.stream, scan_params
+    )
+    return 0
+
+
 def sort(
     Space space, Array topk_idx, Array topk_weights, capacity, str drop_policy,
     Array expert_offsets, Array row_token, Array row_weights, Array token_rows,
@@ -47,31 +66,23 @@ def sort(
     cdef int32_t limit = NO_BOUND if capacity < 0 else min(capacity, NO_BOUND)
     cdef bint heaviest = drop_policy == "probs" and capacity >= 0
     cdef int32_t chunks = <int32_t>max(1, (slots + SORT_CHUNK - 1) // SORT_CHUNK)
-    # keys and order are needed to choose the heaviest only
+    # keys, order and starts are needed to choose the heaviest only; counts and sizes between chunks only
     cdef int64_t order_at = slots * itemsize(topk_weights.dtype) if heaviest else 0
-    cdef int64_t counts_at = order_at + (4 * slots if heaviest else 0)
-    cdef int64_t sizes_at = counts_at + 4 * E * chunks
-    cdef int64_t starts_at = sizes_at + 4 * E
-    cdef int64_t arrived_at = starts_at + 4 * (E + 1)
-    cdef Array scratch = space.empty((arrived_at + 4,), UINT8)
-    cdef char* keys = scratch.data
-    cdef char* order = scratch.data + order_at
-    cdef char* counts = scratch.data + counts_at
-    cdef char* sizes = scratch.data + sizes_at
-    cdef char* starts = scratch.data + starts_at if heaviest else NULL
-    cdef char* arrived = scratch.data + arrived_at
+    cdef int64_t starts_at = order_at + (4 * slots if heaviest else 0)
+    cdef int64_t counts_at = starts_at + (4 * (E + 1) if heaviest else 0)
+    cdef int64_t sizes_at = counts_at + (4 * E * chunks if chunks > 1 else 0)
+    cdef int64_t arrived_at = sizes_at + (4 * E if chunks > 1 else 0)
+    cdef Array scratch = space.empty((arrived_at + 4,), UINT8) if heaviest or chunks > 1 else None
+    cdef char* base = scratch.data if scratch is not None else NULL
+    cdef char* keys = base if heaviest else NULL
+    cdef char* order = base + order_at if heaviest else NULL
+    cdef char* starts = base + starts_at if heaviest else NULL
+    cdef char* counts = base + counts_at if chunks > 1 else NULL
+    cdef char* sizes = base + sizes_at
+    cdef char* arrived = base + arrived_at
     cdef int device = space.device_id
-
-    cdef Parameter[5] count_params = [&topk_idx.data, &slots, &num_experts, &counts, &arrived]
-    kernel("sort.cu", "sort_count", defines, device, 0).launch(
-        chunks, 1, 1, THREADS, 0, space.stream, count_params
-    )
-    cdef Parameter[8] scan_params = [
-        &counts, &chunks, &num_experts, &limit, &sizes, &expert_offsets.data, &starts, &arrived
-    ]
-    kernel("sort.cu", "sort_scan", defines, device, 0).launch(
-        num_experts, 1, 1, THREADS, 0, space.stream, scan_params
-    )
+    if chunks > 1:
+        _count_chunks(space, defines, topk_idx, slots, chunks, limit, expert_offsets, counts, sizes, starts, arrived)
     cdef Parameter[14] place_params = [
         &topk_idx.data, &topk_weights.data, &slots, &top_k, &num_experts, &limit, &counts, &expert_offsets.data,
         &row_token.data, &row_weights.data, &token_rows.data, &starts, &order, &keys,

@@ -12,28 +12,30 @@ cdef enum:
     FINISH_THREADS = 1024
     FINISH_EXPERTS = 32  # experts whose sums a block adds up
 
-# by router dtype, then by the logarithm of the experts a lane holds
-cdef list _DEFINES = [
-    [(f"W_TYPE={dtype}", f"EXPERTS_PER_LANE={1 << log}") for log in range(6)]
-    for dtype in (<int>FLOAT32, <int>FLOAT64)
-]
+# The experts a lane can hold: any number up to 32 fits the last, fewer are faster.
+cdef tuple _PER_LANE = (1, 2, 4, 8, 16, 32)
+cdef tuple _PER_LANE_FLOAT64 = (4, 32)
+cdef dict _DEFINES = {
+    (dtype, per_lane): (f"W_TYPE={dtype}", f"EXPERTS_PER_LANE={per_lane}")
+    for dtype, choices in ((<int>FLOAT32, _PER_LANE), (<int>FLOAT64, _PER_LANE_FLOAT64))
+    for per_lane in choices
+}
 
 
 def variants():
     """Every (file, entry, defines) that these stages can launch."""
     return [
         ("routing.cu", entry, defines)
-        for of_dtype in _DEFINES
-        for defines in of_dtype
+        for defines in _DEFINES.values()
         for entry in ("route", "route_finish", "route_backward")
     ]
 
 
 cdef tuple _defines(Array logits):
-    cdef int log = 0
-    while (32 << log) < logits.dims[1]:
-        log += 1
-    return _DEFINES[1 if logits.dtype == FLOAT64 else 0][log]
+    for per_lane in _PER_LANE_FLOAT64 if logits.dtype == FLOAT64 else _PER_LANE:
+        if 32 * per_lane >= logits.dims[1]:
+            break
+    return _DEFINES[logits.dtype, per_lane]
 
 
 # The same as in kernels/routing.cu.
