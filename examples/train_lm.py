@@ -10,13 +10,19 @@ on a CPU the same command gives the same bits, stopped and resumed or not.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+# The layer's threads and torch's take turns on the same cores, so neither may spin while it waits. OpenMP reads
+# this when it is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
+
 from ffmoe_core.errors import FFMoEError
-from lm.data import Corpus, TextError, corpus_of, default_corpus
+from lm.data import TextError, corpus_of, default_corpus
 from lm.evaluate import evaluate
 from lm.loop import train
 from lm.model import ModelConfig
@@ -76,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", nargs="+", metavar="FILE", help="train on these files, a domain each")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (runs/demo, or runs/demo-dense)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -93,7 +101,7 @@ def parse_args() -> argparse.Namespace:
         ("hidden", "width inside an expert"),
     ]:
         parser.add_argument(f"--{name}", type=positive, metavar="N", help=meaning)
-    parser.add_argument("--seed", type=int, metavar="N", help="of the first weights and the order of the text")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the weights and of the text's order")
     parser.add_argument("--learning-rate", type=float, metavar="X", help="the highest, after the warm-up")
     return parser.parse_args()
 
@@ -159,9 +167,10 @@ def introduce(training: Run) -> None:
     config, corpus = training.config, training.corpus
     sizes = ", ".join(f"{domain.name} {len(domain.train) / 1e6:.2f} MB" for domain in corpus.domains)
     total, active = training.model.parameter_counts()
-    kind = "dense twin" if config.model.dense else f"{config.model.experts} experts, {config.model.top_k} a token"
+    model = config.model
+    kind = "dense twin" if model.dense else f"{model.experts} experts, {model.top_k} a byte"
     print(f"Text: {sizes}; a tenth more is held out")
-    print(f"Model: {config.model.layers} layers, {kind}; {total:,} parameters, {active:,} active")
+    print(f"Model: {model.layers} layers, {kind}; {total:,} parameters, {active:,} active")
     print(f"Training on {training.device} from step {training.step} to {config.steps}", flush=True)
 
 

@@ -81,7 +81,9 @@ class MoEConfig:
         if self.capacity_factor is not None:
             _check_float("capacity_factor", self.capacity_factor)
             if self.capacity_factor <= 0:
-                raise ConfigError(f"capacity_factor={self.capacity_factor} must be above 0, or None for dropless")
+                raise ConfigError(
+                    f"capacity_factor={self.capacity_factor} must be above 0, or None for dropless"
+                )
         if self.max_tokens_per_expert is not None:
             _check_int("max_tokens_per_expert", self.max_tokens_per_expert, 1)
 
@@ -95,9 +97,7 @@ class MoEConfig:
             return
         _check_int("num_expert_groups", groups, 1, self.num_experts, "num_experts")
         if self.num_experts % groups:
-            raise ConfigError(
-                f"num_expert_groups={groups} does not divide num_experts={self.num_experts}"
-            )
+            raise ConfigError(f"num_expert_groups={groups} does not divide num_experts={self.num_experts}")
         _check_int("topk_groups", best, 1, groups, "num_expert_groups")
         reachable = best * (self.num_experts // groups)
         if self.top_k > reachable:

@@ -43,7 +43,9 @@ class RoutingLayout:
 
 
 @lru_cache(maxsize=256)
-def routing_layout(num_tokens: int, top_k: int, num_experts: int, router_dtype: str = "float32") -> RoutingLayout:
+def routing_layout(
+    num_tokens: int, top_k: int, num_experts: int, router_dtype: str = "float32"
+) -> RoutingLayout:
     """The layout for T tokens, K experts a token, E experts; ``router_dtype`` is "float32" or "float64".
 
     The widest elements stand first, so that every field is aligned to its own and no byte is left over. The

@@ -1,11 +1,16 @@
 // Grouped products of 16-bit matrices on the tensor cores of sm_80 and newer (mma.sync).
 //
-// A block computes a 128x128 tile of one group: its operands come through a ring of shared-memory stages
-// filled with cp.async, 64 deep along the contraction, gathered rows straight from where they are. The
-// accumulators go to shared memory at the end, where the epilogue walks them in 16-byte pieces.
-// All widths must divide by 8 and all arrays be 16-byte aligned; grouped_gemm_simt.cu has no such wish.
+// A block computes a tile of 128 rows of one group, a warp 64x64 of it: its operands come through a ring of
+// shared-memory stages filled with cp.async, gathered rows straight from where they are. The epilogues work
+// on the accumulators in registers. All widths must divide by 8 and all arrays be 16-byte aligned;
+// grouped_gemm_simt.cu has no such wish.
 //
-// Defines: X_TYPE (2 bfloat16, 3 float16); OUT_TYPE and TRANSPOSE_B for grouped_gemm; ACTIVATION for the GLUs.
+// Defines: X_TYPE (code of types.cuh); TILE_COLUMNS: 256, for long contractions of wide matrices, or 128, of
+// which two blocks share a multiprocessor and hide each other's start and end. Then one of
+//   TRANSPOSE_B=0|1 and OUT_TYPE   grouped_gemm
+//   WGRAD                          grouped_gemm_wgrad
+//   GLU and ACTIVATION             grouped_glu
+//   GLU_BACKWARD and ACTIVATION    grouped_glu_backward
 
 #include "common/cp_async.cuh"
 #include "common/epilogue.cuh"
@@ -15,201 +20,267 @@
 
 using X = type_of<X_TYPE>;
 
-constexpr int TILE = 128;      // rows and columns of a tile
-constexpr int DEPTH = 64;      // of a stage along the contraction
-constexpr int STAGES = 3;
-constexpr int THREADS = 256;   // 8 warps, 2 along the rows and 4 along the columns, 64x32 each
-constexpr int OPERAND_BYTES = TILE * DEPTH * 2;
-constexpr int STAGE_BYTES = 2 * OPERAND_BYTES;
-constexpr int PITCH = TILE + 4;  // of the accumulators in shared memory: staggers the banks
-static_assert(TILE * PITCH * 4 <= STAGES * STAGE_BYTES, "the accumulators reuse the stages");
+constexpr int TILE_ROWS = 128;
+constexpr int WARP_TILE = 64;
+constexpr int WARP_COLUMNS = TILE_COLUMNS / WARP_TILE;
+constexpr int THREADS = 32 * (TILE_ROWS / WARP_TILE) * WARP_COLUMNS;
+constexpr int BLOCKS = TILE_COLUMNS == 128 ? 2 : 1;  // on a multiprocessor
+constexpr int DEPTH = 32;                            // of a stage along the contraction
+constexpr int STAGES = 4;
+constexpr int OPERAND_A_BYTES = TILE_ROWS * DEPTH * 2;
+constexpr int STAGE_BYTES = OPERAND_A_BYTES + TILE_COLUMNS * DEPTH * 2;
 
-// --- operands: a 128 x 64 (tile by contraction) piece in shared memory ---
-// Either layout permutes the 16-byte chunks of a row by XOR with the row, so that neither the copies in nor
-// the 8-row reads of ldmatrix meet in a bank.
+// --- operands: SIZE x 32 (tile by contraction) pieces in shared memory ---
+// Either layout permutes its 16-byte chunks by XOR with the row, so that neither the copies in nor the 8-row
+// reads of ldmatrix meet in a bank. copy() is to be called for one step after the other.
 
-// Contraction contiguous: 128 rows of 8 chunks. Each thread copies one chunk of rows t/8 + 32*i.
-struct ContractionMajor {
-    const X* rows[4];
-    bool there[4];
-    int width;  // of the contraction
+// Contraction contiguous: SIZE rows of 4 chunks.
+template <int SIZE> struct ContractionMajor {
+    static constexpr int COPIES = SIZE * 4 / THREADS, STRIDE = THREADS / 4;
+    const X* rows[COPIES];  // at this thread's chunk of the next step
+    uint32 there;           // a bit a row: it exists
+    int left;               // contraction from this thread's chunk on
+    uint32 target;
 
-    // row_of(i) is the tile's i-th row in memory, or nullptr behind the end
-    template <class RowOf> __device__ void start(RowOf row_of, const X* anywhere, int contraction) {
-        width = contraction;
+    // row_of(i) is the tile's i-th row in memory, or nullptr where there is none
+    template <class RowOf> __device__ ContractionMajor(RowOf row_of, const X* anywhere, int contraction) {
+        const int row = threadIdx.x / 4, chunk = threadIdx.x % 4;
+        there = 0;
+        left = contraction - chunk * 8;
+        target = row * 64 + ((chunk ^ (row / 2 & 3)) << 4);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const X* row = row_of(int(threadIdx.x) / 8 + 32 * i);
-            there[i] = row != nullptr;
-            rows[i] = there[i] ? row : anywhere;
+        for (int i = 0; i < COPIES; ++i) {
+            const X* from = row_of(row + STRIDE * i);
+            there |= uint32(from != nullptr) << i;
+            rows[i] = (from != nullptr ? from : anywhere) + chunk * 8;
         }
     }
 
-    __device__ void copy(uint32 to, int step) {
-        const int chunk = threadIdx.x % 8, k = step * DEPTH + chunk * 8;
+    __device__ __forceinline__ void copy(uint32 stage) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int row = threadIdx.x / 8 + 32 * i;
-            const bool copied = there[i] && k < width;
-            copy16_async(to + row * 128 + ((chunk ^ (row & 7)) << 4), rows[i] + (copied ? k : 0), copied);
+        for (int i = 0; i < COPIES; ++i) {
+            copy16_async(stage + target + i * STRIDE * 64, rows[i], (there >> i & 1) && left > 0);
+            rows[i] += DEPTH;
         }
+        left -= DEPTH;
     }
 
     // 16 tile rows from `first`, 16 deep from `k`: the order of an A fragment
-    static __device__ void load_a(uint32 (&out)[4], uint32 from, int first, int k) {
-        const int lane = threadIdx.x % 32, row = first + lane % 16, chunk = k / 8 + lane / 16;
-        load_matrices(out, from + row * 128 + ((chunk ^ (row & 7)) << 4));
+    static __device__ __forceinline__ void load_a(uint32 (&out)[4], uint32 stage, int first, int k) {
+        const int lane = threadIdx.x % 32, row = lane % 16, chunk = k / 8 + lane / 16;
+        load_matrices(out, stage + first * 64 + row * 64 + ((chunk ^ (row / 2 & 3)) << 4));
     }
     // the same piece in the order of two B fragments: (k low, k high) of 8 columns, then of the next 8
-    static __device__ void load_b(uint32 (&out)[4], uint32 from, int first, int k) {
-        const int lane = threadIdx.x % 32;
-        const int row = first + lane % 8 + lane / 16 * 8, chunk = k / 8 + lane / 8 % 2;
-        load_matrices(out, from + row * 128 + ((chunk ^ (row & 7)) << 4));
+    static __device__ __forceinline__ void load_b(uint32 (&out)[4], uint32 stage, int first, int k) {
+        const int lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8, chunk = k / 8 + lane / 8 % 2;
+        load_matrices(out, stage + first * 64 + row * 64 + ((chunk ^ (row / 2 & 3)) << 4));
     }
 };
 
-// Tile columns contiguous: 64 rows of 16 chunks. Each thread copies one chunk of rows t/16 + 16*i.
-// With an index the rows are gathered; it is read one step ahead of the copies that need it.
-struct TileMajor {
-    const X* base;
-    const int* index;
+// Tile columns contiguous: 32 rows of SIZE / 8 chunks. With an index the rows are gathered; it is read one
+// step ahead of the copies that need it.
+template <int SIZE> struct TileMajor {
+    static constexpr int COPIES = SIZE * 4 / THREADS, CHUNKS = SIZE / 8, STRIDE = THREADS / CHUNKS;
+    const X* base;  // at this thread's columns
     int64 pitch;
-    int depth;    // rows of the contraction
-    bool inside;  // whether this thread's columns exist
-    int next[4];
+    const int* index;
+    int row;        // of the next step, the first of this thread
+    int depth;      // rows of the contraction
+    int next[COPIES];
+    uint32 target;
 
-    __device__ void start(const X* matrix, int64 row_pitch, const int* row_index, int rows, int first, int columns) {
-        const int column = first + int(threadIdx.x) % 16 * 8;
-        inside = column < columns;
-        base = matrix + (inside ? column : 0);
+    // the columns start at `first` of `columns`
+    __device__ TileMajor(
+        const X* matrix, int64 row_pitch, const int* row_index, int contraction, int first, int columns
+    ) {
+        const int chunk = threadIdx.x % CHUNKS;
+        row = threadIdx.x / CHUNKS;
+        target = row * SIZE * 2 + ((chunk ^ (row & 7)) << 4);
+        base = matrix + first + chunk * 8;
         pitch = row_pitch;
         index = row_index;
-        depth = rows;
-        fetch(0);
+        depth = first + chunk * 8 < columns ? contraction : 0;
+        fetch();
     }
 
-    __device__ void fetch(int step) {
+    __device__ __forceinline__ void fetch() {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int row = step * DEPTH + threadIdx.x / 16 + 16 * i;
-            next[i] = row >= depth ? -1 : index != nullptr ? index[row] : row;
+        for (int i = 0; i < COPIES; ++i) {
+            const int at = row + STRIDE * i;
+            next[i] = at >= depth ? -1 : index != nullptr ? index[at] : at;
         }
     }
 
-    __device__ void copy(uint32 to, int step) {
-        const int chunk = threadIdx.x % 16;
+    __device__ __forceinline__ void copy(uint32 stage) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int row = threadIdx.x / 16 + 16 * i;
-            const bool copied = inside && next[i] >= 0;
+        for (int i = 0; i < COPIES; ++i)
             copy16_async(
-                to + row * 256 + ((chunk ^ (row & 7)) << 4), base + (copied ? next[i] : 0) * pitch, copied
+                stage + target + i * STRIDE * SIZE * 2, base + max(next[i], 0) * pitch, next[i] >= 0
             );
-        }
-        fetch(step + 1);
+        row += DEPTH;
+        fetch();
     }
 
-    static __device__ void load_a(uint32 (&out)[4], uint32 from, int first, int k) {
-        const int lane = threadIdx.x % 32;
-        const int row = k + lane % 8 + lane / 16 * 8, chunk = first / 8 + lane / 8 % 2;
-        load_matrices_transposed(out, from + row * 256 + ((chunk ^ (row & 7)) << 4));
+    static __device__ __forceinline__ void load_a(uint32 (&out)[4], uint32 stage, int first, int k) {
+        const int lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8, chunk = first / 8 + lane / 8 % 2;
+        load_matrices_transposed(out, stage + k * SIZE * 2 + row * SIZE * 2 + ((chunk ^ (row & 7)) << 4));
     }
-    static __device__ void load_b(uint32 (&out)[4], uint32 from, int first, int k) {
-        const int lane = threadIdx.x % 32;
-        const int row = k + lane % 16, chunk = first / 8 + lane / 16;
-        load_matrices_transposed(out, from + row * 256 + ((chunk ^ (row & 7)) << 4));
+    static __device__ __forceinline__ void load_b(uint32 (&out)[4], uint32 stage, int first, int k) {
+        const int lane = threadIdx.x % 32, row = lane % 16, chunk = first / 8 + lane / 16;
+        load_matrices_transposed(out, stage + k * SIZE * 2 + row * SIZE * 2 + ((chunk ^ (row & 7)) << 4));
     }
 };
 
 // --- the product ---
 
-// Leaves the tile's accumulators in shared memory, [TILE][PITCH] float, for all threads to read.
-template <class A, class B> __device__ float* multiply_tile(A& a, B& b, int contraction) {
+// What a thread holds of its warp's 64x64: the usual fragments of 4 times 16 rows and 8 times 8 columns.
+using Accumulators = float[4][8][4];
+
+__device__ __forceinline__ int warp_row() { return threadIdx.x / 32 / WARP_COLUMNS * WARP_TILE; }
+__device__ __forceinline__ int warp_column() { return threadIdx.x / 32 % WARP_COLUMNS * WARP_TILE; }
+
+template <class A, class B>
+__device__ __forceinline__ void multiply_tile(Accumulators& acc, A& a, B& b, int contraction) {
     extern __shared__ __align__(128) unsigned char shared[];
     const uint32 stages = shared_address(shared);
-    const int steps = (contraction + DEPTH - 1) / DEPTH;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32;
-    float acc[4][4][4] = {};
+    const int steps = (contraction + DEPTH - 1) / DEPTH, row = warp_row(), column = warp_column();
+    uint32 fragments_a[2][4][4], fragments_b[2][4][4];
+    const auto load = [&](int buffer, uint32 stage, int k) {
+#pragma unroll
+        for (int m = 0; m < 4; ++m) A::load_a(fragments_a[buffer][m], stage, row + 16 * m, k);
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+            B::load_b(fragments_b[buffer][n], stage + OPERAND_A_BYTES, column + 16 * n, k);
+    };
+    const auto multiply = [&](int buffer) {
+#pragma unroll
+        for (int m = 0; m < 4; ++m)
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                const uint32* other = &fragments_b[buffer][n / 2][n % 2 * 2];
+                multiply_add<X>(acc[m][n], fragments_a[buffer][m], other[0], other[1]);
+            }
+    };
 
 #pragma unroll
     for (int step = 0; step < STAGES - 1; ++step) {
         if (step < steps) {
-            a.copy(stages + step * STAGE_BYTES, step);
-            b.copy(stages + step * STAGE_BYTES + OPERAND_BYTES, step);
+            a.copy(stages + step * STAGE_BYTES);
+            b.copy(stages + step * STAGE_BYTES + OPERAND_A_BYTES);
         }
         commit_copies();
     }
-    int reading = 0, writing = STAGES - 1;
-    for (int step = 0; step < steps; ++step) {
-        wait_for_copies<STAGES - 2>();
-        __syncthreads();  // this stage has arrived for all, and all have left the one to be filled next
-        if (step + STAGES - 1 < steps) {
-            a.copy(stages + writing * STAGE_BYTES, step + STAGES - 1);
-            b.copy(stages + writing * STAGE_BYTES + OPERAND_BYTES, step + STAGES - 1);
-        }
-        commit_copies();
-        const uint32 from_a = stages + reading * STAGE_BYTES, from_b = from_a + OPERAND_BYTES;
-#pragma unroll
-        for (int k = 0; k < DEPTH; k += 16) {
-            uint32 fragments_a[4][4], fragments_b[2][4];
-#pragma unroll
-            for (int m = 0; m < 4; ++m) A::load_a(fragments_a[m], from_a, warp_row + 16 * m, k);
-#pragma unroll
-            for (int n = 0; n < 2; ++n) B::load_b(fragments_b[n], from_b, warp_column + 16 * n, k);
-#pragma unroll
-            for (int m = 0; m < 4; ++m)
-#pragma unroll
-                for (int n = 0; n < 4; ++n)
-                    multiply_add<X>(
-                        acc[m][n], fragments_a[m], fragments_b[n / 2][n % 2 * 2], fragments_b[n / 2][n % 2 * 2 + 1]
-                    );
-        }
-        reading = reading + 1 == STAGES ? 0 : reading + 1;
-        writing = writing + 1 == STAGES ? 0 : writing + 1;
-    }
-    wait_for_copies<0>();
+    wait_for_copies<STAGES - 2>();
     __syncthreads();
+    uint32 reading = stages, writing = stages + (STAGES - 1) * STAGE_BYTES;
+    if (steps > 0) load(0, reading, 0);
+    for (int step = 0; step < steps; ++step) {
+        load(1, reading, 16);
+        // every warp has left the stage before this one: it is the next to be filled
+        if (step + STAGES - 1 < steps) {
+            a.copy(writing);
+            b.copy(writing + OPERAND_A_BYTES);
+        }
+        commit_copies();
+        multiply(0);
+        writing = reading;
+        reading = reading == stages + (STAGES - 1) * STAGE_BYTES ? stages : reading + STAGE_BYTES;
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();
+        if (step + 1 < steps) load(0, reading, 0);
+        multiply(1);
+    }
+}
 
-    float* tile = reinterpret_cast<float*>(shared);
+// --- epilogues ---
+
+// The four lanes that hold a row of an accumulator fragment hold 2 columns each of every 8: lane q has
+// 8 i + 2 q and 8 i + 2 q + 1 of 32 columns in values[2 i] and [2 i + 1]. Afterwards it has columns 8 q to 8 q + 7.
+__device__ __forceinline__ void gather_columns(float (&values)[8]) {
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+        const bool upper = threadIdx.x & bit;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & bit) continue;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                float& low = values[2 * i + j];
+                float& high = values[2 * (i + bit) + j];
+                const float received = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
+                (upper ? low : high) = received;
+            }
+        }
+    }
+}
+
+// Calls use(row, left, right) for each of this thread's rows of the tile: left are the row's columns
+// warp_column() + lane_column() and the 7 behind it, right those 32 further on.
+__device__ __forceinline__ int lane_column() { return threadIdx.x % 4 * 8; }
+template <class Use> __device__ __forceinline__ void for_each_row(const Accumulators& acc, Use use) {
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
-            float* to = tile + (warp_row + 16 * m + lane / 4) * PITCH + warp_column + 8 * n + lane % 4 * 2;
-            *reinterpret_cast<float2*>(to) = make_float2(acc[m][n][0], acc[m][n][1]);
-            *reinterpret_cast<float2*>(to + 8 * PITCH) = make_float2(acc[m][n][2], acc[m][n][3]);
+        for (int half = 0; half < 2; ++half) {
+            float values[2][8];
+#pragma unroll
+            for (int n = 0; n < 8; ++n)
+#pragma unroll
+                for (int j = 0; j < 2; ++j) values[n / 4][n % 4 * 2 + j] = acc[m][n][half * 2 + j];
+            gather_columns(values[0]);
+            gather_columns(values[1]);
+            use(warp_row() + 16 * m + 8 * half + int(threadIdx.x) % 32 / 4, values[0], values[1]);
         }
-    __syncthreads();
-    return tile;
 }
 
-// --- entry points: a block a tile; tiles of one row tile are neighbours and share its rows in L2 ---
-
-#if defined(TRANSPOSE_B)
-
-// out[r, n] = sum_k a[index[r], k] b[e][n, k]   (TRANSPOSE_B 1)   or   b[e][k, n]   (0)
-extern "C" __global__ void __launch_bounds__(THREADS, 2) grouped_gemm(
-    const X* a, const X* b, const int* offsets, const int* row_index, type_of<OUT_TYPE>* out,
-    int num_groups, int num_rows, int depth, int columns, int column_tiles
+// out points at the tile's first element; so many of its rows and columns exist
+template <class Out>
+__device__ __forceinline__ void store_tile(
+    const Accumulators& acc, int rows, int columns, Out* out, int64 pitch
 ) {
-    const RowTile tile = find_row_tile<TILE>(blockIdx.x / column_tiles, offsets, num_groups, num_rows);
-    if (tile.count == 0) return;
-    const int first_column = blockIdx.x % column_tiles * TILE;
-    const bool nobodys = offsets != nullptr && tile.group == num_groups;
-    const X* weights = b + (nobodys ? 0 : int64(tile.group) * depth * columns);
-    ContractionMajor rows;
-    rows.start(
+    const int column = warp_column() + lane_column();
+    for_each_row(acc, [&](int row, const float (&left)[8], const float (&right)[8]) {
+        if (row >= rows) return;
+        Out* to = out + row * pitch + column;
+        if (column < columns) store_values(left, to);
+        if (column + 32 < columns) store_values(right, to + 32);
+    });
+}
+
+// --- entry points ---
+
+// The rows of the tile that are read: none of those behind the last group.
+__device__ __forceinline__ int rows_read(const Tile& tile, int num_groups) {
+    return tile.group == num_groups ? 0 : tile.count;
+}
+
+__device__ __forceinline__ ContractionMajor<TILE_ROWS> gathered_rows(
+    const X* a, const int* row_index, const Tile& tile, int rows, int depth
+) {
+    return {
         [&](int i) -> const X* {
-            if (nobodys || i >= tile.count) return nullptr;
+            if (i >= rows) return nullptr;
             const int row = tile.first + i;
             return a + int64(row_index != nullptr ? row_index[row] : row) * depth;
         },
         a, depth
-    );
+    };
+}
+
+#if defined(TRANSPOSE_B)
+
+// out[r, n] = sum_k a[row_index[r], k] b[e][n, k]   (TRANSPOSE_B 1)   or   b[e][k, n]   (0)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm(
+    const X* a, const X* b, const int* offsets, const int* row_index, type_of<OUT_TYPE>* out,
+    int num_groups, int num_rows, int depth, int columns, int column_tiles
+) {
+    const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, offsets, num_groups, num_rows, column_tiles);
+    if (tile.count == 0) return;
+    const int rows = rows_read(tile, num_groups), first_column = tile.column * TILE_COLUMNS;
+    const X* weights = b + (rows == 0 ? 0 : int64(tile.group) * depth * columns);
+    ContractionMajor<TILE_ROWS> left = gathered_rows(a, row_index, tile, rows, depth);
 #if TRANSPOSE_B
-    ContractionMajor other;
-    other.start(
+    ContractionMajor<TILE_COLUMNS> right(
         [&](int i) -> const X* {
             const int column = first_column + i;
             return column < columns ? weights + int64(column) * depth : nullptr;
@@ -217,110 +288,117 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) grouped_gemm(
         b, depth
     );
 #else
-    TileMajor other;
-    other.start(weights, columns, nullptr, depth, first_column, columns);
+    TileMajor<TILE_COLUMNS> right(weights, columns, nullptr, depth, first_column, columns);
 #endif
-    const float* acc = multiply_tile(rows, other, nobodys ? 0 : depth);
-    store_tile<float, type_of<OUT_TYPE>, 8, TILE, PITCH, THREADS>(
-        acc, tile.count, columns - first_column, out + int64(tile.first) * columns + first_column, columns, false
+    Accumulators acc = {};
+    multiply_tile(acc, left, right, rows == 0 ? 0 : depth);
+    store_tile(
+        acc, tile.count, columns - first_column, out + int64(tile.first) * columns + first_column, columns
     );
 }
 
 #elif defined(WGRAD)
 
 // out[e][m, n] = sum over the rows r of e of a[a_index[r], m] b[b_index[r], n]
-extern "C" __global__ void __launch_bounds__(THREADS, 2) grouped_gemm_wgrad(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm_wgrad(
     const X* a, const X* b, const int* offsets, const int* a_index, const int* b_index, X* out,
-    int a_columns, int b_columns, int column_tiles
+    int a_columns, int b_columns, int row_tiles, int column_tiles
 ) {
-    const int first_row = blockIdx.x / column_tiles * TILE, first_column = blockIdx.x % column_tiles * TILE;
+    const Place place = place_in_panels(blockIdx.x, row_tiles, column_tiles);
+    const int first_row = place.row * TILE_ROWS, first_column = place.column * TILE_COLUMNS;
     const int group = blockIdx.y, begin = offsets[group], depth = offsets[group + 1] - begin;
-    TileMajor left, right;
-    left.start(
+    TileMajor<TILE_ROWS> left(
         a_index != nullptr ? a : a + int64(begin) * a_columns, a_columns,
         a_index != nullptr ? a_index + begin : nullptr, depth, first_row, a_columns
     );
-    right.start(
+    TileMajor<TILE_COLUMNS> right(
         b_index != nullptr ? b : b + int64(begin) * b_columns, b_columns,
         b_index != nullptr ? b_index + begin : nullptr, depth, first_column, b_columns
     );
-    const float* acc = multiply_tile(left, right, depth);
-    store_tile<float, X, 8, TILE, PITCH, THREADS>(
-        acc, min(TILE, a_columns - first_row), b_columns - first_column,
-        out + (int64(group) * a_columns + first_row) * b_columns + first_column, b_columns, false
+    Accumulators acc = {};
+    multiply_tile(acc, left, right, depth);
+    store_tile(
+        acc, a_columns - first_row, b_columns - first_column,
+        out + (int64(group) * a_columns + first_row) * b_columns + first_column, b_columns
     );
 }
 
 #elif defined(GLU)
 
-// A tile takes 64 gate columns and the 64 up columns that belong to them: 16 of each in turn.
-constexpr int HALF = TILE / 2;
-__device__ __forceinline__ int position_of(int column, bool up) { return column / 16 * 32 + column % 16 + (up ? 16 : 0); }
+// A warp takes 32 gate columns and the 32 up columns that belong to them.
+constexpr int GATE_COLUMNS = TILE_COLUMNS / 2;
 
-// z[r] = w_up[e] x[index[r]], a = act(gate) * up
-extern "C" __global__ void __launch_bounds__(THREADS, 2) grouped_glu(
+// z[r] = w_up[e] x[row_index[r]], a = act(gate) * up
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_glu(
     const X* x, const X* w_up, const int* offsets, const int* row_index, X* z, X* a,
     int num_groups, int num_rows, int depth, int intermediate, int column_tiles
 ) {
-    const RowTile tile = find_row_tile<TILE>(blockIdx.x / column_tiles, offsets, num_groups, num_rows);
+    const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, offsets, num_groups, num_rows, column_tiles);
     if (tile.count == 0) return;
-    const int first_column = blockIdx.x % column_tiles * HALF;
-    const bool nobodys = tile.group == num_groups;
-    const X* weights = w_up + (nobodys ? 0 : int64(tile.group) * 2 * intermediate * depth);
-    ContractionMajor rows, other;
-    rows.start(
+    const int rows = rows_read(tile, num_groups), first_column = tile.column * GATE_COLUMNS;
+    const X* weights = w_up + (rows == 0 ? 0 : int64(tile.group) * 2 * intermediate * depth);
+    ContractionMajor<TILE_ROWS> left = gathered_rows(x, row_index, tile, rows, depth);
+    ContractionMajor<TILE_COLUMNS> right(
         [&](int i) -> const X* {
-            if (nobodys || i >= tile.count) return nullptr;
-            const int row = tile.first + i;
-            return x + int64(row_index != nullptr ? row_index[row] : row) * depth;
-        },
-        x, depth
-    );
-    other.start(
-        [&](int i) -> const X* {
-            const int column = first_column + i / 32 * 16 + i % 16;
-            return column < intermediate ? weights + int64(column + (i % 32 < 16 ? 0 : intermediate)) * depth : nullptr;
+            const int column = first_column + i / 64 * 32 + i % 32;
+            if (column >= intermediate) return nullptr;
+            return weights + int64(column + i / 32 % 2 * intermediate) * depth;
         },
         w_up, depth
     );
-    const float* acc = multiply_tile(rows, other, nobodys ? 0 : depth);
-    store_glu_tile<ACTIVATION, float, X, 8, HALF, PITCH, THREADS>(
-        acc, tile.count, intermediate - first_column,
-        z != nullptr ? z + int64(tile.first) * 2 * intermediate + first_column : nullptr,
-        a + int64(tile.first) * intermediate + first_column, intermediate, position_of
-    );
+    Accumulators acc = {};
+    multiply_tile(acc, left, right, rows == 0 ? 0 : depth);
+    const int column = first_column + warp_column() / 2 + lane_column();
+    for_each_row(acc, [&](int row, const float (&gate)[8], const float (&up)[8]) {
+        if (row >= tile.count || column >= intermediate) return;
+        const int64 at = int64(tile.first) + row;
+        store_glu(
+            Whole(), ACTIVATION, gate, up, z != nullptr ? z + at * 2 * intermediate + column : nullptr,
+            a + at * intermediate + column, intermediate
+        );
+    });
 }
 
-// da'[r] = w_down[e]^T dout[index[r]]; from it dz, p*a, and this column tile's part of dp
-extern "C" __global__ void __launch_bounds__(THREADS, 2) grouped_glu_backward(
+#elif defined(GLU_BACKWARD)
+
+// da'[r] = w_down[e]^T dout[row_index[r]]; from it dz, p*a, and for each 64 columns their part of dp
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_glu_backward(
     const X* dout, const X* w_down, const int* offsets, const int* row_index, const float* row_weights,
     const X* z, X* dz, X* pa, float* dp_parts,
     int num_groups, int num_rows, int depth, int intermediate, int column_tiles
 ) {
-    const RowTile tile = find_row_tile<TILE>(blockIdx.x / column_tiles, offsets, num_groups, num_rows);
+    const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, offsets, num_groups, num_rows, column_tiles);
     if (tile.count == 0) return;
-    const int column_tile = blockIdx.x % column_tiles, first_column = column_tile * TILE;
-    const bool nobodys = tile.group == num_groups;
-    const X* weights = w_down + (nobodys ? 0 : int64(tile.group) * depth * intermediate);
-    ContractionMajor rows;
-    rows.start(
-        [&](int i) -> const X* {
-            if (nobodys || i >= tile.count) return nullptr;
-            const int row = tile.first + i;
-            return dout + int64(row_index != nullptr ? row_index[row] : row) * depth;
-        },
-        dout, depth
-    );
-    TileMajor other;
-    other.start(weights, intermediate, nullptr, depth, first_column, intermediate);
-    const float* acc = multiply_tile(rows, other, nobodys ? 0 : depth);
-    const int64 at = int64(tile.first) * intermediate + first_column;
-    store_glu_gradient_tile<ACTIVATION, float, X, 8, TILE, PITCH, THREADS>(
-        acc, tile.count, intermediate - first_column,
-        z + int64(tile.first) * 2 * intermediate + first_column, row_weights + tile.first,
-        dz + int64(tile.first) * 2 * intermediate + first_column, pa + at,
-        dp_parts + int64(column_tile) * num_rows + tile.first, intermediate, nobodys
-    );
+    const int rows = rows_read(tile, num_groups), first_column = tile.column * TILE_COLUMNS;
+    const X* weights = w_down + (rows == 0 ? 0 : int64(tile.group) * depth * intermediate);
+    ContractionMajor<TILE_ROWS> left = gathered_rows(dout, row_index, tile, rows, depth);
+    TileMajor<TILE_COLUMNS> right(weights, intermediate, nullptr, depth, first_column, intermediate);
+    Accumulators acc = {};
+    multiply_tile(acc, left, right, rows == 0 ? 0 : depth);
+    const int first = first_column + warp_column(), column = first + lane_column();
+    if (first >= intermediate) return;
+    float* parts = dp_parts + int64(first / WARP_TILE) * num_rows;
+    for_each_row(acc, [&](int row, const float (&left_da)[8], const float (&right_da)[8]) {
+        const int64 at = int64(tile.first) + row, z_at = at * 2 * intermediate + column;
+        const bool nobodys = rows == 0;
+        float dot = 0;
+        if (row < tile.count) {
+            const float p = nobodys ? 0 : row_weights[at];
+            X* to = pa + at * intermediate + column;
+            if (column < intermediate)
+                dot = store_glu_gradient(
+                    Whole(), ACTIVATION, left_da, p, nobodys, z + z_at, dz + z_at, to, intermediate
+                );
+            if (column + 32 < intermediate)
+                dot += store_glu_gradient(
+                    Whole(), ACTIVATION, right_da, p, nobodys, z + z_at + 32, dz + z_at + 32, to + 32,
+                    intermediate
+                );
+        }
+        dot += __shfl_xor_sync(0xffffffffu, dot, 1);
+        dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+        if (row < tile.count && threadIdx.x % 4 == 0) parts[at] = dot;
+    });
 }
 
 #endif

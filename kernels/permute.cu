@@ -56,8 +56,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) permute(
 // out[t] = sum over k, ascending, of weights[t, k] * rows[token_rows[t, k]]; a slot that names no row adds
 // nothing. weights may be NULL: ones.
 extern "C" __global__ void __launch_bounds__(THREADS) combine(
-    const X* rows, const int* token_rows, const W* weights, X* out, int64 num_tokens, int64 num_rows, int top_k,
-    int columns, int log_lanes, uint32 segments
+    const X* rows, const int* token_rows, const W* weights, X* out, int64 num_tokens, int64 num_rows,
+    int top_k, int columns, int log_lanes, uint32 segments
 ) {
     const Place at = place(log_lanes, segments, 1);
     if (at.row >= num_tokens || at.column >= columns) return;
@@ -75,7 +75,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine(
         }
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            if (row[i] >= 0) values[i] = load_vector<X, WIDTH>(rows + (int64(row[i]) * columns + at.column) * WIDTH);
+            if (row[i] < 0) continue;
+            values[i] = load_vector<X, WIDTH>(rows + (int64(row[i]) * columns + at.column) * WIDTH);
         }
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {

@@ -101,8 +101,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sort_scan(
 }
 
 // Without `order` every slot gets its row, or -1 past the first `capacity` of its expert. With it, `order`
-// takes the slots by expert and `keys` the order of their weights, for `sort_select`. Without `counts` this is
-// the only chunk, and makes expert_offsets and starts itself.
+// takes the slots by expert and `keys` the order of their weights, for `sort_select`. Without `counts` this
+// is the only chunk, and makes expert_offsets and starts itself.
 extern "C" __global__ void __launch_bounds__(THREADS) sort_place(
     const int* topk_idx, const W* topk_weights, int64 slots, int top_k, int num_experts, int capacity,
     const int* counts, int* expert_offsets, int* row_token, W* row_weights, int* token_rows,

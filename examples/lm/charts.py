@@ -41,9 +41,8 @@ def line_chart(title: str, x_name: str, y_name: str, curves: list[Curve]) -> str
         x = place(value, y_ticks[0])[0]
         parts.append(text(x, bottom + 18, f"{value:,.0f}", "tick middle"))
     parts.append(text((LEFT + right) / 2, HEIGHT - 6, x_name, "axis middle"))
-    parts.append(
-        f'<text class="axis middle" transform="translate(13 {(TOP + bottom) / 2}) rotate(-90)">{escape(y_name)}</text>'
-    )
+    turn = f"translate(13 {(TOP + bottom) / 2}) rotate(-90)"
+    parts.append(f'<text class="axis middle" transform="{turn}">{escape(y_name)}</text>')
     ends = []
     for curve in curves:
         placed = [place(x, y) for x, y in thinned(curve.points)]
@@ -53,7 +52,8 @@ def line_chart(title: str, x_name: str, y_name: str, curves: list[Curve]) -> str
             for (x, y), (step, value) in zip(placed, thinned(curve.points), strict=True):
                 note = escape(f"{curve.name}: {value:.3f} at step {step:,.0f}")
                 parts.append(
-                    f'<circle class="dot {curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{note}</title></circle>'
+                    f'<circle class="dot {curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
+                    f"<title>{note}</title></circle>"
                 )
         if curve.name:
             ends.append((placed[-1][1], curve))
@@ -81,8 +81,8 @@ def heatmap(
             x = left + j * width
             note = escape(f"{name}, {columns[j]}: {value:.1%}")
             parts.append(
-                f'<rect class="cell" x="{x + 1:.1f}" y="{y + 1}" width="{width - 2:.1f}" height="{height - 2}" '
-                f'rx="3" fill-opacity="{0.04 + 0.96 * strength:.3f}"><title>{note}</title></rect>'
+                f'<rect class="cell" x="{x + 1:.1f}" y="{y + 1}" width="{width - 2:.1f}" '
+                f'height="{height - 2}" rx="3" fill-opacity="{0.04 + 0.96 * strength:.3f}"><title>{note}</title></rect>'
             )
             if width >= 34:
                 tone = "strong" if strength > 0.55 else "weak"

@@ -65,8 +65,8 @@ class Corpus:
             shortest = min(len(domain.train), len(domain.held_out))
             if shortest <= context:
                 raise TextError(
-                    f"{domain.name}: a tenth of this text is held out, which leaves a part of {shortest} bytes; "
-                    f"a context of {context} needs more than that: use a longer text or a smaller --context"
+                    f"{domain.name}: a tenth of this text is held out, which leaves a part of {shortest} "
+                    f"bytes; a context of {context} needs more: use a longer text or a smaller --context"
                 )
 
     def batch(self, seed: int, step: int, rows: int, context: int) -> Tensor:

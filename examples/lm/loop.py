@@ -21,7 +21,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self.made = False
-        self.before = {number: signal.signal(number, self._make) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = signal.SIGINT, signal.SIGTERM
+        self.before = {number: signal.signal(number, self._make) for number in signals}
         return self
 
     def __exit__(self, *_: object) -> None:

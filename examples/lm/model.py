@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from ffmoe_torch import MoELayer
 from torch import Tensor, nn
+
+from ffmoe_torch import MoELayer
 
 VOCABULARY = 256
 
@@ -55,10 +56,10 @@ class ByteModel(nn.Module):
     def parameter_counts(self) -> tuple[int, int]:
         """All parameters, and those at work for one token: of the experts only the top-k."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        idle = sum(
-            (layer.w_up.numel() + layer.w_down.numel()) * (layer.num_experts - layer.top_k) // layer.num_experts
-            for layer in self.moe_layers
-        )
+        idle = 0
+        for layer in self.moe_layers:
+            an_expert = (layer.w_up.numel() + layer.w_down.numel()) // layer.num_experts
+            idle += (layer.num_experts - layer.top_k) * an_expert
         return total, total - idle
 
 

@@ -31,7 +31,7 @@ class Sample:
 def write_report(path: Path, run: Run, evaluation: Evaluation, samples: list[Sample]) -> None:
     """Write the page for a run whose held-out text gave ``evaluation``."""
     sections = [
-        section("Loss", loss_chart(run), "Training batches (smoothed over the raw values) and held-out text."),
+        section("Loss", loss_chart(run), "Training batches, raw and smoothed, and held-out text."),
         section("Held-out text by domain", domain_chart(run) + before_after(run)),
         *(expert_sections(run, evaluation) if run.model.moe_layers else []),
         section("What it writes", sample_list(samples), "The model continues held-out text, in bold."),
@@ -108,12 +108,12 @@ def expert_sections(run: Run, evaluation: Evaluation) -> list[str]:
     by_layer = shares.mean(1).tolist()
     best = int(told.argmax())
     domain, expert = divmod(int(shares[best].argmax()), experts)
-    panels = "".join(
-        f"<figure><figcaption>{layer_names[i]} <span>tells {told[i]:.2f} bits</span></figcaption>"
-        + charts.heatmap(f"Expert load by domain, {layer_names[i]}", shares[i].tolist(), names, expert_names, even=even)
-        + "</figure>"
-        for i in range(layers)
-    )
+    panels = ""
+    for i, layer in enumerate(layer_names):
+        title = f"Expert load by domain, {layer}"
+        chart = charts.heatmap(title, shares[i].tolist(), names, expert_names, even=even)
+        caption = f"{layer} <span>tells {told[i]:.2f} bits</span>"
+        panels += f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
     specialised = (
         f"Each row is one domain's held-out text, and adds up to 100%; {even:.1%} everywhere would be no "
         f"specialisation. The expert that a byte goes to tells {told[best]:.2f} bits about its domain in "
@@ -131,7 +131,7 @@ def expert_sections(run: Run, evaluation: Evaluation) -> list[str]:
         section(
             "Which expert reads which byte",
             traced_text(run, best),
-            f"Held-out text, coloured by each byte's heaviest expert in {layer_names[best]}. Hover for its number.",
+            f"Held-out text, coloured by each byte's heaviest expert in {layer_names[best]}.",
         ),
     ]
 
@@ -166,11 +166,12 @@ def configuration(run: Run) -> str:
     feed_forward = (
         f"dense, {model.top_k * model.hidden} wide inside"
         if model.dense
-        else f"{model.experts} experts of {model.hidden}, {model.top_k} a byte, balance loss × {model.aux_loss_coeff:g}"
+        else f"{model.experts} experts {model.hidden} wide inside, {model.top_k} a byte"
     )
     rows = [
-        ("model", f"{model.layers} layers, width {model.width}, {model.heads} heads, context {model.context}"),
+        ("layers", f"{model.layers}, {model.width} wide, {model.heads} heads, context {model.context}"),
         ("feed-forward", feed_forward),
+        ("load-balance loss", f"coefficient {model.aux_loss_coeff:g}"),
         ("training", f"{config.steps:,} steps of {config.batch} windows, AdamW at {config.learning_rate:g}"),
         ("seed", str(config.seed)),
         ("text", ", ".join(config.text) or "what this machine has"),

@@ -8,8 +8,8 @@ ctypedef fused real:
     double
 
 cdef enum:
-    # OpenBLAS multiplies up to 100^3 (for some operands less) without packing either matrix first, which
-    # for few rows is most of the work: at 8 x 512 x 1024 pieces of this size run three times as fast as one call.
+    # OpenBLAS multiplies up to 100^3 (for some operands less) without packing either matrix first, and
+    # packing is most of the work for few rows: 8 x 512 x 1024 in such pieces runs three times as fast.
     SMALL_DIM = 32
     SMALL_PRODUCT = 1 << 19
 
@@ -36,7 +36,10 @@ cdef inline void gemm(
     bint transpose_a, bint transpose_b, int m, int n, int k,
     real* a, int lda, real* b, int ldb, real beta, real* c, int ldc,
 ) noexcept nogil:
-    """C[m, n] = op(A)[m, k] op(B)[k, n] + beta C, all row-major with leading dimensions lda, ldb, ldc."""
+    """C[m, n] = op(A)[m, k] op(B)[k, n] + beta C, all row-major with leading dimensions lda, ldb, ldc.
+
+    Small products are cut where the pieces of B, or else of C, are whole rows.
+    """
     cdef int step, start = 0
     if k <= SMALL_DIM:
         step = max(16, SMALL_PRODUCT // (<int64_t>n * k))

@@ -21,8 +21,8 @@ cdef void _find_controls():
     """OpenBLAS's thread count controls, under the names its builds give them.
 
     They are looked up in the extension that links to it, which finds them in whichever library SciPy was
-    built against. Other libraries (MKL, BLIS, an OpenBLAS built with OpenMP) run single-threaded by themselves
-    inside our OpenMP region and need no control.
+    built against. Other libraries run single-threaded by themselves inside an OpenMP region (MKL, BLIS) and
+    need no control.
     """
     global _set_threads, _get_threads
     library = ctypes.CDLL(cython_blas.__file__)

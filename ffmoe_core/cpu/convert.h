@@ -9,7 +9,7 @@ FFMOE_INLINE float ffmoe_from_bf16(uint16_t h) { return ffmoe_float_of((uint32_t
 FFMOE_INLINE uint16_t ffmoe_to_bf16(float x) {
     const uint32_t bits = ffmoe_bits_of(x);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t quiet = (bits >> 16) | 0x40u; /* a NaN must not round up to infinity or lose its payload's last bit */
+    const uint32_t quiet = (bits >> 16) | 0x40u; /* a NaN must not round up to infinity */
     return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 

@@ -16,12 +16,14 @@ FFMOE_INLINE float ffmoe_exp_nonpositive_f32(float x) {
     /* ln 2 in two parts, of which the first times n is exact */
     const float r = (x - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;
     /* minimax of (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2; its relative error is 3.3e-9 */
-    const float p = (((1.38131447e-3f * r + 8.36941883e-3f) * r + 4.16684568e-2f) * r + 0.166665148f) * r + 0.49999993f;
+    const float p =
+        (((1.38131447e-3f * r + 8.36941883e-3f) * r + 4.16684568e-2f) * r + 0.166665148f) * r + 0.49999993f;
     const float y = (p * r) * r + r + 1.0f;
     /* 2^n in two factors: n reaches -152, below the smallest normal number */
     const int32_t power = (int32_t)(ffmoe_bits_of(shifted) - ffmoe_bits_of(round_magic));
     const int32_t half = power >> 1;
-    return y * ffmoe_float_of((uint32_t)(half + 127) << 23) * ffmoe_float_of((uint32_t)(power - half + 127) << 23);
+    const uint32_t low = (uint32_t)(half + 127) << 23, high = (uint32_t)(power - half + 127) << 23;
+    return y * ffmoe_float_of(low) * ffmoe_float_of(high);
 }
 
 FFMOE_INLINE double ffmoe_exp_nonpositive_f64(double x) { return exp(x); }

@@ -1,7 +1,7 @@
 /* The gated activations and their gradients over one row, in REAL. activation.h includes this once a type.
 
-   sigmoid(v) is written with exp(-|v|), which never overflows. The clamps keep an infinite gate from meeting a
-   zero (inf * 0): silu(-inf) is 0, its slope at +inf is 1. Comparisons are written so that NaN passes through. */
+   sigmoid(v) is written with exp(-|v|), which never overflows. The clamps keep an infinite gate from meeting
+   a zero (inf * 0): silu(-inf) is 0, its slope at +inf is 1. Comparisons let NaN pass through. */
 
 FFMOE_INLINE REAL NAME(clamp)(REAL x, REAL bound) { return x < -bound ? -bound : x > bound ? bound : x; }
 
@@ -33,8 +33,8 @@ FFMOE_INLINE void NAME(forward)(int kind, int64_t n, const REAL* gate, const REA
     for (int64_t i = 0; i < n; i++) a[i] = NAME(act)(kind, gate[i], 0) * up[i];
 }
 
-FFMOE_INLINE REAL NAME(backward)(int kind, int64_t n, const REAL* gate, const REAL* up, const REAL* da, REAL p,
-                                 REAL* dgate, REAL* dup, REAL* pa) {
+FFMOE_INLINE REAL NAME(backward)(int kind, int64_t n, const REAL* gate, const REAL* up, const REAL* da,
+                                 REAL p, REAL* dgate, REAL* dup, REAL* pa) {
     REAL dp = 0;
 #pragma omp simd reduction(+ : dp)
     for (int64_t i = 0; i < n; i++) {
@@ -56,9 +56,9 @@ FFMOE_CLONES static void NAME(glu)(int kind, int64_t n, const REAL* gate, const 
     else NAME(forward)(FFMOE_RELU_SQUARED, n, gate, up, a);
 }
 
-/* From da' (before the weight p): dgate, dup, p * a; returns this part of dp = <da', a>. Outputs may be inputs. */
-FFMOE_CLONES static REAL NAME(glu_backward)(int kind, int64_t n, const REAL* gate, const REAL* up, const REAL* da,
-                                            REAL p, REAL* dgate, REAL* dup, REAL* pa) {
+/* From da' (before the weight p): dgate, dup, p * a; returns <da', a>. Outputs may be inputs. */
+FFMOE_CLONES static REAL NAME(glu_backward)(int kind, int64_t n, const REAL* gate, const REAL* up,
+                                            const REAL* da, REAL p, REAL* dgate, REAL* dup, REAL* pa) {
     if (kind == FFMOE_SWIGLU) return NAME(backward)(FFMOE_SWIGLU, n, gate, up, da, p, dgate, dup, pa);
     if (kind == FFMOE_GEGLU) return NAME(backward)(FFMOE_GEGLU, n, gate, up, da, p, dgate, dup, pa);
     return NAME(backward)(FFMOE_RELU_SQUARED, n, gate, up, da, p, dgate, dup, pa);

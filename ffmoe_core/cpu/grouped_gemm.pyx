@@ -132,8 +132,9 @@ def grouped_glu(
     cdef Worker* worker = workers.workers
     cdef int threads = workers.threads
     cdef int64_t unit, units = num_tiles * job.cuts
+    cdef int64_t share = chunk_of(units, threads)
     enter_single_threaded()
-    for unit in prange(units, nogil=True, num_threads=threads, schedule="dynamic", chunksize=chunk_of(units, threads)):
+    for unit in prange(units, nogil=True, num_threads=threads, schedule="dynamic", chunksize=share):
         if double_precision:
             glu_unit(&job, unit, worker + threadid(), <double*>worker[threadid()].c)
         else:
@@ -240,8 +241,9 @@ def grouped_glu_backward(
     cdef int threads = workers.threads
     cdef int64_t unit, units = num_tiles * job.cuts, row, cuts = job.cuts
     cdef char* dp = dp_rows.data
+    cdef int64_t share = chunk_of(units, threads)
     enter_single_threaded()
-    for unit in prange(units, nogil=True, num_threads=threads, schedule="dynamic", chunksize=chunk_of(units, threads)):
+    for unit in prange(units, nogil=True, num_threads=threads, schedule="dynamic", chunksize=share):
         if double_precision:
             glu_backward_unit(&job, unit, worker + threadid(), <double*>worker[threadid()].c)
         else:

@@ -11,7 +11,7 @@ from .blas cimport real
 from .convert cimport load, store
 from .products cimport zero
 from .threads cimport num_threads
-from .tiles cimport Scratch, block_start, blocks, scratch
+from .tiles cimport Scratch, block_start, scratch
 from .vector cimport axpy
 
 cdef enum:
@@ -74,7 +74,7 @@ cdef int earlier_first(const void* a, const void* b) noexcept nogil:
 cdef void keep_heaviest(
     int32_t* slots, int64_t size, int64_t capacity, const char* weights, bint wide, Heavy* heavy
 ) noexcept nogil:
-    """Move the ``capacity`` heaviest of an expert's slots to the front, in slot order; NaN is the lightest."""
+    """Move an expert's ``capacity`` heaviest slots to the front, in slot order; NaN is the lightest."""
     cdef int64_t i
     cdef double weight
     for i in range(size):
@@ -145,7 +145,8 @@ def sort(
     for e in prange(E, nogil=True, num_threads=threads, schedule="dynamic"):
         if by_weight and start[e + 1] - start[e] > offsets[e + 1] - offsets[e]:
             keep_heaviest(
-                job.order + start[e], start[e + 1] - start[e], limit, topk_weights.data, wide, weighed + start[e]
+                job.order + start[e], start[e + 1] - start[e], limit, topk_weights.data, wide,
+                weighed + start[e],
             )
         write_rows(
             job.order + start[e], offsets[e], offsets[e + 1] - offsets[e], top_k, topk_weights.data, width,

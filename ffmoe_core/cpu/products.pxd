@@ -75,7 +75,7 @@ cdef inline void block(
     const Operand* matrix, int64_t row, int rows, int64_t column, int columns,
     Buffer* buffer, real** out, int* ld,
 ) noexcept nogil:
-    """A block as BLAS can read it: where it lies, or the thread's copy, which is kept while it is asked for."""
+    """A block as BLAS can read it: where it lies, or the thread's copy (which may be there already)."""
     cdef int64_t i, source
     if matrix.direct:
         out[0] = <real*>element(matrix, row, column)
@@ -146,7 +146,9 @@ cdef inline int64_t loaded_bytes(const Operand* a, int64_t rows, int64_t columns
     return 0 if a.direct else rows * columns * (8 if a.dtype == FLOAT64 else 4)
 
 
-cdef inline int64_t stack_bytes(const Operand* b, bint transpose_b, int64_t depth, int64_t columns) noexcept nogil:
+cdef inline int64_t stack_bytes(
+    const Operand* b, bint transpose_b, int64_t depth, int64_t columns
+) noexcept nogil:
     """The memory ``tile_product`` needs for blocks of its second operand."""
     if b.direct and not transpose_b:
         return (min(depth, <int64_t>TURNED_DEPTH) + TURNED_PAD) * columns * b.itemsize

@@ -136,8 +136,9 @@ cdef int rows_product(
     )
     cdef Worker* worker = workers.workers
     cdef int threads = workers.threads
+    cdef int64_t share = chunk_of(units, threads)
     enter_single_threaded()
-    for unit in prange(units, nogil=True, num_threads=threads, schedule="dynamic", chunksize=chunk_of(units, threads)):
+    for unit in prange(units, nogil=True, num_threads=threads, schedule="dynamic", chunksize=share):
         if double_precision:
             product_unit(&job, unit, worker + threadid(), <double*>worker[threadid()].c)
         else:
@@ -230,8 +231,9 @@ cdef int rows_wgrad(
     cdef Worker* worker = workers.workers
     cdef int threads = workers.threads
     cdef int64_t unit, units = num_groups * job.high_cuts * job.wide_cuts
+    cdef int64_t share = chunk_of(units, threads)
     enter_single_threaded()
-    for unit in prange(units, nogil=True, num_threads=threads, schedule="dynamic", chunksize=chunk_of(units, threads)):
+    for unit in prange(units, nogil=True, num_threads=threads, schedule="dynamic", chunksize=share):
         if double_precision:
             wgrad_unit(&job, unit, worker + threadid(), <double*>worker[threadid()].c)
         else:

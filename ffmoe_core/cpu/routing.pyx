@@ -185,7 +185,9 @@ cdef void open_best_groups(const Router* router, const real* choice, real* best,
         desk.open_groups[desk.names[g]] = 1
 
 
-cdef void choose(const Router* router, const real* choice, real* best, Desk* desk, int32_t* experts) noexcept nogil:
+cdef void choose(
+    const Router* router, const real* choice, real* best, Desk* desk, int32_t* experts
+) noexcept nogil:
     """The top_k of ``choice`` in falling order, ties to the lower index, within the best groups."""
     cdef int64_t groups = max(<int64_t>1, router.num_groups), e, g, held = 0
     cdef int64_t size = router.num_experts // groups
@@ -212,7 +214,9 @@ cdef struct Route:
     int32_t* counts  # [blocks, E]
 
 
-cdef inline double entropy(const Router* router, const real* logits, const real* q, double lse) noexcept nogil:
+cdef inline double entropy(
+    const Router* router, const real* logits, const real* q, double lse
+) noexcept nogil:
     """-sum q log q; a q of 0 adds nothing."""
     cdef double total = 0
     cdef int64_t e
@@ -272,7 +276,8 @@ cdef void route_block(const Route* job, int64_t index, Desk desk, real* scores) 
                 (<real*>job.topk_weights)[k] = 0
         else:
             route_token(
-                job, token, <const real*>job.logits + token * E, scores, <real*>desk.other, <real*>desk.best, &desk,
+                job, token, <const real*>job.logits + token * E,
+                scores, <real*>desk.other, <real*>desk.best, &desk,
                 job.losses + 2 * index, job.scores + index * E, job.counts + index * E,
             )
 
@@ -362,8 +367,8 @@ cdef struct RouteBackward:
 
 
 cdef inline void add_selected(
-    const RouteBackward* job, const real* logits, const int32_t* experts, const int32_t* rows, double* weights,
-    real* d,
+    const RouteBackward* job, const real* logits, const int32_t* experts, const int32_t* rows,
+    double* weights, real* d,
 ) noexcept nogil:
     """The gradient through the normalised weights of the selected experts."""
     cdef const Router* router = &job.router
@@ -400,7 +405,8 @@ cdef inline void add_scores(
     for e in range(E):
         dot += scores[e] / total * job.dshares[e]
     for e in range(E):
-        # q = s / total; the softmax's own normalisation comes below
+        # q = s / total. A softmax sums to 1 already: its total of 1 takes no part, and what is subtracted
+        # here would be below.
         dscores[e] = <real>((job.dshares[e] - dot) / total)
     if not router.normalise:
         for k in range(router.top_k):
@@ -414,7 +420,9 @@ cdef inline void add_scores(
         d[e] += <real>(scores[e] * ((1 - scores[e]) * dscores[e] if router.sigmoid else dscores[e] - dot))
 
 
-cdef void route_backward_block(const RouteBackward* job, int64_t index, Desk desk, real* scores) noexcept nogil:
+cdef void route_backward_block(
+    const RouteBackward* job, int64_t index, Desk desk, real* scores
+) noexcept nogil:
     cdef const Router* router = &job.router
     cdef int64_t E = router.num_experts, K = router.top_k, token, e
     cdef const real* logits
@@ -433,7 +441,8 @@ cdef void route_backward_block(const RouteBackward* job, int64_t index, Desk des
             add_selected(job, logits, job.topk_idx + token * K, job.token_rows + token * K, desk.weights, d)
         if job.has_aux or not router.normalise:
             add_scores(
-                job, logits, job.topk_idx + token * K, job.token_rows + token * K, scores, <real*>desk.other, d
+                job, logits, job.topk_idx + token * K, job.token_rows + token * K,
+                scores, <real*>desk.other, d,
             )
         if job.dz != 0:
             lse = softmax(E, logits, scores)

@@ -82,10 +82,13 @@ def sort(
     cdef char* arrived = base + arrived_at
     cdef int device = space.device_id
     if chunks > 1:
-        _count_chunks(space, defines, topk_idx, slots, chunks, limit, expert_offsets, counts, sizes, starts, arrived)
+        _count_chunks(
+            space, defines, topk_idx, slots, chunks, limit, expert_offsets, counts, sizes, starts, arrived
+        )
     cdef Parameter[14] place_params = [
-        &topk_idx.data, &topk_weights.data, &slots, &top_k, &num_experts, &limit, &counts, &expert_offsets.data,
-        &row_token.data, &row_weights.data, &token_rows.data, &starts, &order, &keys,
+        &topk_idx.data, &topk_weights.data, &slots, &top_k, &num_experts, &limit, &counts,
+        &expert_offsets.data, &row_token.data, &row_weights.data, &token_rows.data,
+        &starts, &order, &keys,
     ]
     kernel("sort.cu", "sort_place", defines, device, 0).launch(
         chunks, 1, 1, THREADS, 0, space.stream, place_params

@@ -117,7 +117,8 @@ def route(
         &expert_scores, &tokens_per_expert.data, &losses.data, &arrived, NULL,
     ]
     kernel("routing.cu", "route_finish", defines, space.device_id, 0).launch(
-        <unsigned int>((E + FINISH_EXPERTS - 1) // FINISH_EXPERTS), 1, 1, FINISH_THREADS, 0, space.stream, params
+        <unsigned int>((E + FINISH_EXPERTS - 1) // FINISH_EXPERTS), 1, 1, FINISH_THREADS, 0,
+        space.stream, params,
     )
 
 

@@ -3,10 +3,10 @@
 
 #include "types.cuh"
 
-// 16 bytes, or zeros where there is nothing to read; `from` must be a valid address either way.
+// 16 bytes, or zeros where there is nothing to read.
 __device__ __forceinline__ void copy16_async(uint32 to, const void* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
-                 : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `pending` of the newest groups are still on their way.

@@ -1,118 +1,104 @@
-// What happens to a tile of accumulators once it stands in shared memory.
-//
-// Every function is called by all threads of the block and walks the tile V columns at a time, so that
-// neighbouring threads touch neighbouring memory. Columns of a tile are given as functions of a chunk.
+// What becomes of V finished neighbours in a row of a product.
 #pragma once
 
 #include "activation.cuh"
 #include "types.cuh"
 
-template <class A, class X, int V> __device__ __forceinline__ Vector<X, V> narrow_vector(const A (&values)[V]) {
-    Vector<X, V> out;
-#pragma unroll
-    for (int i = 0; i < V; ++i) narrow(values[i], out.at[i]);
-    return out;
-}
+// V neighbours in pieces of up to 16 bytes, to which their address must be aligned.
+template <class X, int V> constexpr int PIECE = V < VECTOR_WIDTH<X> ? V : VECTOR_WIDTH<X>;
 
-// out[row, column] = acc (+ out)
-template <class A, class X, int V, int COLUMNS, int PITCH, int THREADS>
-__device__ void store_tile(
-    const A* acc, int rows, int columns, X* out, int64 pitch, bool accumulate
-) {
-    constexpr int CHUNKS = COLUMNS / V;
-    for (int i = threadIdx.x; i < rows * CHUNKS; i += THREADS) {
-        const int row = i / CHUNKS, column = i % CHUNKS * V;
-        if (column >= columns) continue;
-        X* to = out + row * pitch + column;
-        A values[V];
+template <class A, class X, int V>
+__device__ __forceinline__ void store_values(const A (&values)[V], X* to) {
+    constexpr int N = PIECE<X, V>;
 #pragma unroll
-        for (int j = 0; j < V; ++j) values[j] = acc[row * PITCH + column + j];
-        if (accumulate) {
-            const Vector<X, V> old = load_vector<X, V>(to);
+    for (int i = 0; i < V; i += N) {
+        Vector<X, N> piece;
 #pragma unroll
-            for (int j = 0; j < V; ++j) values[j] += widen(old.at[j]);
-        }
-        store_vector<X, V>(to, narrow_vector<A, X, V>(values));
+        for (int j = 0; j < N; ++j) narrow(values[i + j], piece.at[j]);
+        store_vector<X, N>(to + i, piece);
     }
 }
 
-// The tile holds HALF gate columns and the matching HALF up columns; `position` tells where.
-template <int KIND, class A, class X, int V, int HALF, int PITCH, int THREADS, class Position>
-__device__ void store_glu_tile(
-    const A* acc, int rows, int columns, X* z, X* a, int64 intermediate, Position position
-) {
-    constexpr int CHUNKS = HALF / V;
-    for (int i = threadIdx.x; i < rows * CHUNKS; i += THREADS) {
-        const int row = i / CHUNKS, column = i % CHUNKS * V;
-        if (column >= columns) continue;
-        const A* gates = acc + row * PITCH + position(column, false);
-        const A* ups = acc + row * PITCH + position(column, true);
-        A gate[V], up[V], out[V];
+template <class A, class X, int V>
+__device__ __forceinline__ void load_values(A (&values)[V], const X* from) {
+    constexpr int N = PIECE<X, V>;
 #pragma unroll
-        for (int j = 0; j < V; ++j) {
-            gate[j] = gates[j];
-            up[j] = ups[j];
-            out[j] = activate<KIND>(gate[j]).value * up[j];
-        }
-        if (z != nullptr) {
-            X* to = z + row * 2 * intermediate + column;
-            store_vector<X, V>(to, narrow_vector<A, X, V>(gate));
-            store_vector<X, V>(to + intermediate, narrow_vector<A, X, V>(up));
-        }
-        store_vector<X, V>(a + row * intermediate + column, narrow_vector<A, X, V>(out));
+    for (int i = 0; i < V; i += N) {
+        const Vector<X, N> piece = load_vector<X, N>(from + i);
+#pragma unroll
+        for (int j = 0; j < N; ++j) values[i + j] = A(widen(piece.at[j]));
     }
 }
 
-// The tile is da'; writes dz, p*a and the tile's part of dp = <da', a>. z, dz, pa and weights point at the
-// tile's first row; dp at the tile's part of it. Rows that are nobody's get zeros whatever z holds.
-template <int KIND, class A, class X, int V, int COLUMNS, int PITCH, int THREADS>
-__device__ void store_glu_gradient_tile(
-    const A* acc, int rows, int columns, const X* z, const A* weights, X* dz, X* pa, A* dp, int64 intermediate,
-    bool nobodys
+// How the values below are moved: all of them at once,
+struct Whole {
+    template <class A, class X, int V>
+    __device__ __forceinline__ void load(A (&values)[V], const X* from) const {
+        load_values(values, from);
+    }
+    template <class A, class X, int V>
+    __device__ __forceinline__ void store(const A (&values)[V], X* to) const {
+        store_values(values, to);
+    }
+};
+// or the first `count` of them one by one, unless vectors are allowed. The others are left as they are.
+struct First {
+    int count;
+    bool vectors;
+    template <class A, class X, int V>
+    __device__ __forceinline__ void load(A (&values)[V], const X* from) const {
+        if (vectors) return load_values(values, from);
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+            if (i < count) values[i] = A(widen(from[i]));
+    }
+    template <class A, class X, int V>
+    __device__ __forceinline__ void store(const A (&values)[V], X* to) const {
+        if (vectors) return store_values(values, to);
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+            if (i < count) narrow(values[i], to[i]);
+    }
+};
+
+// z = [gate, up] where it is wanted, a = act(gate) * up. z and a are at the values' place.
+template <class A, class X, int V, class Move>
+__device__ __forceinline__ void store_glu(
+    Move move, int activation, const A (&gate)[V], const A (&up)[V], X* z, X* a, int64 intermediate
 ) {
-    constexpr int LANES = COLUMNS / V < 32 ? COLUMNS / V : 32;  // threads that share a row
-    constexpr int ROWS = THREADS / LANES;
-    const int lane = threadIdx.x % LANES, end = nobodys ? 0 : min(columns, COLUMNS);
-    if (nobodys) {
-        const Vector<X, V> zeros = {};
-        for (int i = threadIdx.x; i < rows * (COLUMNS / V); i += THREADS) {
-            const int row = i / (COLUMNS / V), column = i % (COLUMNS / V) * V;
-            if (column >= columns) continue;
-            X* to = dz + row * 2 * intermediate + column;
-            store_vector<X, V>(to, zeros);
-            store_vector<X, V>(to + intermediate, zeros);
-            store_vector<X, V>(pa + row * intermediate + column, zeros);
-        }
+    if (z != nullptr) {
+        move.store(gate, z);
+        move.store(up, z + intermediate);
     }
-    for (int base = 0; base < rows; base += ROWS) {
-        const int row = base + threadIdx.x / LANES;
-        A dot = 0;
-        if (row < rows) {
-            const A p = weights[row];
-            for (int column = lane * V; column < end; column += LANES * V) {
-                const X* from = z + row * 2 * intermediate + column;
-                const Vector<X, V> gates = load_vector<X, V>(from);
-                const Vector<X, V> ups = load_vector<X, V>(from + intermediate);
-                A d_gate[V], d_up[V], scaled[V];
+    A out[V];
 #pragma unroll
-                for (int j = 0; j < V; ++j) {
-                    const A g = widen(gates.at[j]), u = widen(ups.at[j]);
-                    const A da = acc[row * PITCH + column + j];
-                    const Activated<A> act = activate<KIND>(g);
-                    const A a = act.value * u;
-                    dot += da * a;
-                    d_gate[j] = p * da * u * act.slope;
-                    d_up[j] = p * da * act.value;
-                    scaled[j] = p * a;
-                }
-                X* to = dz + row * 2 * intermediate + column;
-                store_vector<X, V>(to, narrow_vector<A, X, V>(d_gate));
-                store_vector<X, V>(to + intermediate, narrow_vector<A, X, V>(d_up));
-                store_vector<X, V>(pa + row * intermediate + column, narrow_vector<A, X, V>(scaled));
-            }
-        }
-#pragma unroll
-        for (int step = LANES / 2; step > 0; step /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, step);
-        if (lane == 0 && row < rows) dp[row] = dot;
+    for (int i = 0; i < V; ++i) out[i] = activate(activation, gate[i]).value * up[i];
+    move.store(out, a);
+}
+
+// From da', the gradient of a before its row's weight p: dz and p a; returns its part of dp = <da', a>.
+// z, dz and pa are at the values' place. A row that is nobody's gets zeros, whatever z holds.
+template <class A, class X, int V, class Move>
+__device__ __forceinline__ A store_glu_gradient(
+    Move move, int activation, const A (&da)[V], A p, bool nobodys, const X* z, X* dz, X* pa,
+    int64 intermediate
+) {
+    A gate[V] = {}, up[V] = {}, scaled[V], dot = 0;
+    if (!nobodys) {
+        move.load(gate, z);
+        move.load(up, z + intermediate);
     }
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+        const Activated<A> act = activate(activation, gate[i]);
+        const A a = act.value * up[i], slope = act.slope * up[i];
+        dot += da[i] * a;
+        scaled[i] = p * a;
+        gate[i] = p * da[i] * slope;
+        up[i] = p * da[i] * act.value;
+    }
+    move.store(gate, dz);
+    move.store(up, dz + intermediate);
+    move.store(scaled, pa);
+    return dot;
 }

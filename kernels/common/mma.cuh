@@ -3,7 +3,9 @@
 
 #include "types.cuh"
 
-__device__ __forceinline__ uint32 shared_address(const void* p) { return uint32(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint32 shared_address(const void* p) {
+    return uint32(__cvta_generic_to_shared(p));
+}
 
 // Four 8x8 matrices of 16-bit elements; lane 8*i + j gives the address of row j of matrix i.
 __device__ __forceinline__ void load_matrices(uint32 (&out)[4], uint32 address) {

@@ -3,46 +3,71 @@
 
 #include "types.cuh"
 
-struct RowTile {
-    int group;     // num_groups stands for the rows behind the last group, which get zeros
-    int first;     // first row of the tile
-    int count;     // rows of the tile, at most TILE_ROWS; 0: there is no such tile
+struct Place {
+    int row;
+    int column;
 };
 
-// The index-th tile of TILE_ROWS rows over groups whose rows are offsets[g]..offsets[g+1]; then over the
-// rows that follow the last group, up to num_rows. Without offsets all rows are one group.
-// To be called by all threads of the block; costs one pass of a warp over the offsets.
-template <int TILE_ROWS> __device__ RowTile find_row_tile(int index, const int* offsets, int num_groups, int num_rows) {
-    __shared__ RowTile found;
+// The index-th of row_tiles x column_tiles tiles. Blocks that run at the same time should share rows and
+// columns in the second-level cache, so tiles are counted in panels: down PANEL rows, then along the columns.
+__device__ __forceinline__ Place place_in_panels(int index, int row_tiles, int column_tiles) {
+    constexpr int PANEL = 16;
+    const int panel = index / (PANEL * column_tiles), within = index - panel * PANEL * column_tiles;
+    const int height = min(PANEL, row_tiles - panel * PANEL);
+    return {panel * PANEL + within % height, within / height};
+}
+
+struct Tile {
+    int group;   // num_groups stands for the rows behind the last group, which get zeros
+    int first;   // first row of the tile
+    int count;   // rows of the tile, at most TILE_ROWS; 0: there is no such tile
+    int column;  // which tile along the columns
+};
+
+// The index-th tile over groups whose rows are offsets[g]..offsets[g+1]; then over the rows that follow the
+// last group, up to num_rows. Without offsets all rows are one group. To be called by all threads of the
+// block; costs a pass of a warp over the offsets.
+template <int TILE_ROWS>
+__device__ Tile find_tile(int index, const int* offsets, int num_groups, int num_rows, int column_tiles) {
+    constexpr int PER_LANE = 8;
+    __shared__ Tile found;
     if (offsets == nullptr) {
-        const int first = index * TILE_ROWS;
-        return {0, first, max(0, min(TILE_ROWS, num_rows - first))};
+        const Place place = place_in_panels(index, (num_rows + TILE_ROWS - 1) / TILE_ROWS, column_tiles);
+        return {0, place.row * TILE_ROWS, min(TILE_ROWS, num_rows - place.row * TILE_ROWS), place.column};
     }
     if (threadIdx.x < 32) {
-        const int lane = threadIdx.x;
-        if (lane == 0) found = {0, 0, 0};
+        const int lane = threadIdx.x, ordinal = index / column_tiles;
+        if (lane == 0) found = {0, 0, 0, 0};
         __syncwarp();
         int before = 0;
-        for (int base = 0; base <= num_groups; base += 32) {
-            const int group = base + lane;
-            int first = 0, last = 0;
-            if (group <= num_groups) {
-                first = offsets[group];
-                last = group < num_groups ? offsets[group + 1] : num_rows;
+        for (int base = 0; base <= num_groups && before <= ordinal; base += 32 * PER_LANE) {
+            int starts[PER_LANE + 1], tiles[PER_LANE], through = 0;
+#pragma unroll
+            for (int i = 0; i <= PER_LANE; ++i) {
+                const int group = base + lane * PER_LANE + i;
+                starts[i] = group <= num_groups ? offsets[group] : num_rows;
             }
-            const int tiles = (last - first + TILE_ROWS - 1) / TILE_ROWS;
-            int through = tiles;
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) {
+                tiles[i] = int((uint32(starts[i + 1] - starts[i]) + TILE_ROWS - 1) / TILE_ROWS);
+                through += tiles[i];
+            }
+            const int mine = through;
             for (int step = 1; step < 32; step *= 2) {
                 const int other = __shfl_up_sync(0xffffffffu, through, step);
                 if (lane >= step) through += other;
             }
-            const int mine = index - before - (through - tiles);
-            if (mine >= 0 && mine < tiles) {
-                const int start = first + mine * TILE_ROWS;
-                found = {group, start, min(TILE_ROWS, last - start)};
+            int at = before + through - mine;
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) {
+                if (ordinal >= at && ordinal < at + tiles[i]) {
+                    const Place place = place_in_panels(index - at * column_tiles, tiles[i], column_tiles);
+                    const int first = starts[i] + place.row * TILE_ROWS, rows = starts[i + 1] - first;
+                    found = {base + lane * PER_LANE + i, first, min(TILE_ROWS, rows), place.column};
+                }
+                at += tiles[i];
             }
             before += __shfl_sync(0xffffffffu, through, 31);
-            if (before > index) break;
         }
     }
     __syncthreads();

@@ -160,8 +160,7 @@ def test_out_of_memory_leaves_the_layer_usable(cupy_kind):
         pool.set_limit(size=pool.total_bytes() + (4096 << failures))
         try:
             forward_backward(inputs, d_out, d_losses)
-        except errors.OutOfMemoryError as error:
-            assert "memory" in str(error)
+        except errors.OutOfMemoryError:
             failures += 1
         else:
             break

@@ -22,3 +22,9 @@ def poisoned():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def compiled_afresh(monkeypatch):
+    """torch.compile's caches on disk know nothing of a change in ffmoe."""
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
