@@ -169,9 +169,15 @@ def routed_experts(
         and torch.is_grad_enabled()
         and (x.requires_grad or w_up.requires_grad or w_down.requires_grad or gate_weight.requires_grad)
     )
-    outputs: Outputs = _moe(
+    arguments = (
         x, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask, *options, keep_activations
-    )
+    )  # fmt: skip
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        outputs: Outputs = _moe(*arguments)
+    else:
+        # past the autograd kernel, which would find nothing to do: inference pays for each dispatch
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = _moe(*arguments)
     return outputs
 
 

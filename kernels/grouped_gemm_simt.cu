@@ -337,9 +337,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped
                 const int column = first_of_warp + lane_column() + 32 * run;
                 if (column >= intermediate) continue;
                 const int64 z_at = at * 2 * intermediate + column;
+                const First move = {intermediate - column, vectors != 0};
+                Run gate = {}, up = {};  // nobody's rows get zeros, whatever z holds
+                if (!nobodys) {
+                    move.load(gate.at, z + z_at);
+                    move.load(up.at, z + z_at + intermediate);
+                }
                 dot += store_glu_gradient(
-                    First{intermediate - column, vectors != 0}, activation, run_of(acc[i], run).at, p,
-                    nobodys, z + z_at, dz + z_at, pa + at * intermediate + column, intermediate
+                    move, activation, run_of(acc[i], run).at, p, gate.at, up.at, dz + z_at,
+                    pa + at * intermediate + column, intermediate
                 );
             }
         }

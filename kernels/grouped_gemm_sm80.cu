@@ -195,7 +195,8 @@ __device__ __forceinline__ void multiply_tile(Accumulators& acc, A& a, B& b, int
 // --- epilogues ---
 
 // The four lanes that hold a row of an accumulator fragment hold 2 columns each of every 8: lane q has
-// 8 i + 2 q and 8 i + 2 q + 1 of 32 columns in values[2 i] and [2 i + 1]. Afterwards it has columns 8 q to 8 q + 7.
+// 8 i + 2 q and 8 i + 2 q + 1 of 32 columns in values[2 i] and [2 i + 1]. Afterwards it has columns 8 q to
+// 8 q + 7.
 __device__ __forceinline__ void gather_columns(float (&values)[8]) {
 #pragma unroll
     for (int bit = 1; bit <= 2; bit *= 2) {
@@ -214,24 +215,33 @@ __device__ __forceinline__ void gather_columns(float (&values)[8]) {
     }
 }
 
-// Calls use(row, left, right) for each of this thread's rows of the tile: left are the row's columns
-// warp_column() + lane_column() and the 7 behind it, right those 32 further on.
 __device__ __forceinline__ int lane_column() { return threadIdx.x % 4 * 8; }
-template <class Use> __device__ __forceinline__ void for_each_row(const Accumulators& acc, Use use) {
-#pragma unroll
-    for (int m = 0; m < 4; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float values[2][8];
-#pragma unroll
-            for (int n = 0; n < 8; ++n)
-#pragma unroll
-                for (int j = 0; j < 2; ++j) values[n / 4][n % 4 * 2 + j] = acc[m][n][half * 2 + j];
-            gather_columns(values[0]);
-            gather_columns(values[1]);
-            use(warp_row() + 16 * m + 8 * half + int(threadIdx.x) % 32 / 4, values[0], values[1]);
-        }
+// the i-th of this thread's 8 rows of the tile
+__device__ __forceinline__ int row_of(int i) {
+    return warp_row() + i / 2 * 16 + i % 2 * 8 + int(threadIdx.x) % 32 / 4;
 }
+
+// Calls use(row, left, right, read(row)) for each of this thread's rows: left are its columns from
+// warp_column() + lane_column() on, right those 32 further on. It reads one row ahead of the use.
+template <class Read, class Use>
+__device__ __forceinline__ void for_each_row(const Accumulators& acc, Read read, Use use) {
+    auto ahead = read(row_of(0));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const auto now = ahead;
+        if (i < 7) ahead = read(row_of(i + 1));
+        float values[2][8];
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) values[n / 4][n % 4 * 2 + j] = acc[i / 2][n][i % 2 * 2 + j];
+        gather_columns(values[0]);
+        gather_columns(values[1]);
+        use(row_of(i), values[0], values[1], now);
+    }
+}
+struct Nothing {};
+__device__ __forceinline__ Nothing read_nothing(int) { return {}; }
 
 // out points at the tile's first element; so many of its rows and columns exist
 template <class Out>
@@ -239,7 +249,7 @@ __device__ __forceinline__ void store_tile(
     const Accumulators& acc, int rows, int columns, Out* out, int64 pitch
 ) {
     const int column = warp_column() + lane_column();
-    for_each_row(acc, [&](int row, const float (&left)[8], const float (&right)[8]) {
+    for_each_row(acc, read_nothing, [&](int row, const float (&left)[8], const float (&right)[8], Nothing) {
         if (row >= rows) return;
         Out* to = out + row * pitch + column;
         if (column < columns) store_values(left, to);
@@ -349,7 +359,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_glu(
     Accumulators acc = {};
     multiply_tile(acc, left, right, rows == 0 ? 0 : depth);
     const int column = first_column + warp_column() / 2 + lane_column();
-    for_each_row(acc, [&](int row, const float (&gate)[8], const float (&up)[8]) {
+    for_each_row(acc, read_nothing, [&](int row, const float (&gate)[8], const float (&up)[8], Nothing) {
         if (row >= tile.count || column >= intermediate) return;
         const int64 at = int64(tile.first) + row;
         store_glu(
@@ -360,6 +370,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_glu(
 }
 
 #elif defined(GLU_BACKWARD)
+
+// What a thread reads for a row of its epilogue; zeros for a row that is nobody's.
+struct RowOfZ {
+    Vector<X, 8> gate[2], up[2];
+    float weight;
+};
+
+// The tile's part of z, while the product is under way.
+__device__ __forceinline__ void prefetch_z(
+    const X* z, const Tile& tile, int rows, int first_column, int intermediate
+) {
+    constexpr int LINE = 64;  // elements
+    for (int i = threadIdx.x; i < rows * (TILE_COLUMNS / LINE); i += THREADS) {
+        const int column = first_column + i % (TILE_COLUMNS / LINE) * LINE;
+        if (column >= intermediate) continue;
+        const X* from = z + (int64(tile.first) + i / (TILE_COLUMNS / LINE)) * 2 * intermediate + column;
+        prefetch(from);
+        prefetch(from + intermediate);
+    }
+}
 
 // da'[r] = w_down[e]^T dout[row_index[r]]; from it dz, p*a, and for each 64 columns their part of dp
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_glu_backward(
@@ -373,32 +403,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_glu_backwa
     const X* weights = w_down + (rows == 0 ? 0 : int64(tile.group) * depth * intermediate);
     ContractionMajor<TILE_ROWS> left = gathered_rows(dout, row_index, tile, rows, depth);
     TileMajor<TILE_COLUMNS> right(weights, intermediate, nullptr, depth, first_column, intermediate);
+    prefetch_z(z, tile, rows, first_column, intermediate);
     Accumulators acc = {};
     multiply_tile(acc, left, right, rows == 0 ? 0 : depth);
     const int first = first_column + warp_column(), column = first + lane_column();
     if (first >= intermediate) return;
     float* parts = dp_parts + int64(first / WARP_TILE) * num_rows;
-    for_each_row(acc, [&](int row, const float (&left_da)[8], const float (&right_da)[8]) {
-        const int64 at = int64(tile.first) + row, z_at = at * 2 * intermediate + column;
-        const bool nobodys = rows == 0;
+    const auto read = [&](int row) {
+        RowOfZ out = {};
+        if (row >= rows) return out;
+        const int64 at = int64(tile.first) + row;
+        const X* from = z + at * 2 * intermediate + column;
+        out.weight = row_weights[at];
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            if (column + 32 * side >= intermediate) continue;
+            out.gate[side] = load_vector<X, 8>(from + 32 * side);
+            out.up[side] = load_vector<X, 8>(from + 32 * side + intermediate);
+        }
+        return out;
+    };
+    const auto use = [&](int row, const float (&left_da)[8], const float (&right_da)[8], const RowOfZ& now) {
+        const int64 at = int64(tile.first) + row;
         float dot = 0;
-        if (row < tile.count) {
-            const float p = nobodys ? 0 : row_weights[at];
-            X* to = pa + at * intermediate + column;
-            if (column < intermediate)
-                dot = store_glu_gradient(
-                    Whole(), ACTIVATION, left_da, p, nobodys, z + z_at, dz + z_at, to, intermediate
-                );
-            if (column + 32 < intermediate)
-                dot += store_glu_gradient(
-                    Whole(), ACTIVATION, right_da, p, nobodys, z + z_at + 32, dz + z_at + 32, to + 32,
-                    intermediate
-                );
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            const int side_column = column + 32 * side;
+            if (row >= tile.count || side_column >= intermediate) continue;
+            float gate[8], up[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                gate[i] = widen(now.gate[side].at[i]);
+                up[i] = widen(now.up[side].at[i]);
+            }
+            dot += store_glu_gradient(
+                Whole(), ACTIVATION, side == 0 ? left_da : right_da, now.weight, gate, up,
+                dz + at * 2 * intermediate + side_column, pa + at * intermediate + side_column, intermediate
+            );
         }
         dot += __shfl_xor_sync(0xffffffffu, dot, 1);
         dot += __shfl_xor_sync(0xffffffffu, dot, 2);
         if (row < tile.count && threadIdx.x % 4 == 0) parts[at] = dot;
-    });
+    };
+    for_each_row(acc, read, use);
 }
 
 #endif

@@ -68,7 +68,7 @@ def heatmap(
     """Shares as shades: a cell at twice the ``even`` share or more, up to the largest, is darkest."""
     darkest = max(2 * even, max(max(row) for row in values))
     left, top, height = 108, 24, 30
-    width = max(14.0, min(64.0, (WIDTH - left) / len(columns)))
+    width = max(14.0, min(80.0, (WIDTH - left) / len(columns)))
     parts = []
     for j, name in enumerate(columns):
         if width >= 24 or j % 4 == 0:

@@ -90,6 +90,7 @@ def default_corpus() -> Corpus:
         "python code": _read(
             path for path in library.rglob("*.py") if not NOT_PROSE & set(path.relative_to(library).parts)
         ),
+        "character tables": _read((library / "encodings").glob("*.py")),
         "C headers": _read(Path(sysconfig.get_path("include")).rglob("*.h")),
         "licences": _read([*Path("/usr/share/common-licenses").glob("*"), *library.glob("LICENSE*")]),
     }

@@ -59,15 +59,15 @@ def mutual_information(load: Tensor) -> Tensor:
 
 @torch.no_grad()
 def first_choices(model: ByteModel, tokens: Tensor, device: torch.device) -> Tensor:
-    """The heaviest expert of every byte in every layer: tokens int64 [C] -> int64 [layers, C]."""
+    """The heaviest expert of every byte in every layer: tokens int64 [n, C] -> int64 [layers, n, C]."""
     seen: list[Tensor] = []
     hooks = [
         layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0] @ layer.gate.weight.T))
         for layer in model.moe_layers
     ]
     try:
-        model(tokens[None].to(device))
+        model(tokens.to(device))
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack([logits[0].argmax(-1).cpu() for logits in seen])
+    return torch.stack([logits.argmax(-1).cpu() for logits in seen])

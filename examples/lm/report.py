@@ -16,7 +16,7 @@ from .sample import as_text
 
 PAGE = Template((Path(__file__).parent / "report.template.html").read_text())
 SMOOTHING = 0.96  # of the training curve, a step
-TRACED_BYTES = 320
+TRACED_BYTES = 400  # of each domain, in windows of the context's length
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def tiles(run: Run, evaluation: Evaluation) -> str:
         known = mutual_information(evaluation.load).max().item()
         busiest = (evaluation.load.sum(1) / evaluation.load.sum(1).mean(-1, keepdim=True)).max().item()
         figures.append(("load imbalance", f"{busiest:.2f}", "busiest expert over the mean"))
-        figures.append(("specialisation", f"{known:.2f} bits", "that an expert tells about the domain"))
+        figures.append(("specialisation", f"{known:.2f}", "bits that an expert tells about the domain"))
     return "".join(
         f'<div class="tile"><span>{name}</span><strong>{value}</strong><span>{note}</span></div>'
         for name, value, note in figures
@@ -140,13 +140,14 @@ def traced_text(run: Run, layer: int) -> str:
     experts = run.config.model.experts
     parts = ['<p class="key">' + "".join(mark(str(e), e, experts) for e in range(experts)) + "</p>"]
     context = run.config.model.context
-    for name, windows in zip(run.corpus.names, run.corpus.held_out(context, 2), strict=True):
-        tokens = windows[-1][:TRACED_BYTES]
-        chosen = first_choices(run.model, tokens[:context], run.device)[layer].tolist()
-        marked = []
-        for expert, group in groupby(zip(chosen, tokens.tolist(), strict=False), key=lambda pair: pair[0]):
-            marked.append(mark(as_text(torch.tensor([byte for _, byte in group])), expert, experts))
-        parts.append(f"<h3>{escape(name)}</h3><pre>{''.join(marked)}</pre>")
+    for domain in run.corpus.domains:
+        windows = max(1, min(TRACED_BYTES, len(domain.held_out)) // context)
+        start = (len(domain.held_out) - windows * context) // 2
+        tokens = domain.held_out[start : start + windows * context].long().view(windows, context)
+        chosen = first_choices(run.model, tokens, run.device)[layer].flatten()
+        alike = groupby(zip(chosen.tolist(), tokens.flatten(), strict=True), key=lambda pair: pair[0])
+        marked = [mark(as_text([byte for _, byte in group]), expert, experts) for expert, group in alike]
+        parts.append(f"<h3>{escape(domain.name)}</h3><pre>{''.join(marked)}</pre>")
     return "".join(parts)
 
 

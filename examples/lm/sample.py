@@ -1,5 +1,7 @@
 """Text written by the model."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,6 @@ def write(model: ByteModel, prompts: Tensor, count: int, context: int, seed: int
     return text[:, prompts.shape[1] :]
 
 
-def as_text(tokens: Tensor) -> str:
+def as_text(tokens: Iterable[int]) -> str:
     """Bytes as text; what is no UTF-8 shows as U+FFFD."""
-    return bytes(tokens.tolist()).decode(errors="replace")
+    return bytes(tokens).decode(errors="replace")

@@ -3,6 +3,11 @@
 
 #include "types.cuh"
 
+// Brings the line of `from` into the second-level cache.
+__device__ __forceinline__ void prefetch(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // 16 bytes, or zeros where there is nothing to read.
 __device__ __forceinline__ void copy16_async(uint32 to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"

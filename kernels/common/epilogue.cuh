@@ -76,29 +76,25 @@ __device__ __forceinline__ void store_glu(
     move.store(out, a);
 }
 
-// From da', the gradient of a before its row's weight p: dz and p a; returns its part of dp = <da', a>.
-// z, dz and pa are at the values' place. A row that is nobody's gets zeros, whatever z holds.
+// From da', the gradient of a before its row's weight p, and z: dz and p a, and its part of dp = <da', a>.
+// dz and pa are at the values' place.
 template <class A, class X, int V, class Move>
 __device__ __forceinline__ A store_glu_gradient(
-    Move move, int activation, const A (&da)[V], A p, bool nobodys, const X* z, X* dz, X* pa,
+    Move move, int activation, const A (&da)[V], A p, const A (&gate)[V], const A (&up)[V], X* dz, X* pa,
     int64 intermediate
 ) {
-    A gate[V] = {}, up[V] = {}, scaled[V], dot = 0;
-    if (!nobodys) {
-        move.load(gate, z);
-        move.load(up, z + intermediate);
-    }
+    A d_gate[V], d_up[V], scaled[V], dot = 0;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
         const Activated<A> act = activate(activation, gate[i]);
-        const A a = act.value * up[i], slope = act.slope * up[i];
+        const A a = act.value * up[i];
         dot += da[i] * a;
         scaled[i] = p * a;
-        gate[i] = p * da[i] * slope;
-        up[i] = p * da[i] * act.value;
+        d_gate[i] = p * da[i] * act.slope * up[i];
+        d_up[i] = p * da[i] * act.value;
     }
-    move.store(gate, dz);
-    move.store(up, dz + intermediate);
+    move.store(d_gate, dz);
+    move.store(d_up, dz + intermediate);
     move.store(scaled, pa);
     return dot;
 }

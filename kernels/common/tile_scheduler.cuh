@@ -13,7 +13,7 @@ struct Place {
 __device__ __forceinline__ Place place_in_panels(int index, int row_tiles, int column_tiles) {
     constexpr int PANEL = 16;
     const int panel = index / (PANEL * column_tiles), within = index - panel * PANEL * column_tiles;
-    const int height = min(PANEL, row_tiles - panel * PANEL);
+    const int height = max(1, min(PANEL, row_tiles - panel * PANEL));
     return {panel * PANEL + within % height, within / height};
 }
 
@@ -30,46 +30,49 @@ struct Tile {
 template <int TILE_ROWS>
 __device__ Tile find_tile(int index, const int* offsets, int num_groups, int num_rows, int column_tiles) {
     constexpr int PER_LANE = 8;
-    __shared__ Tile found;
-    if (offsets == nullptr) {
-        const Place place = place_in_panels(index, (num_rows + TILE_ROWS - 1) / TILE_ROWS, column_tiles);
-        return {0, place.row * TILE_ROWS, min(TILE_ROWS, num_rows - place.row * TILE_ROWS), place.column};
-    }
-    if (threadIdx.x < 32) {
-        const int lane = threadIdx.x, ordinal = index / column_tiles;
-        if (lane == 0) found = {0, 0, 0, 0};
-        __syncwarp();
-        int before = 0;
-        for (int base = 0; base <= num_groups && before <= ordinal; base += 32 * PER_LANE) {
-            int starts[PER_LANE + 1], tiles[PER_LANE], through = 0;
+    struct Found {
+        int group, first, last;  // the group and its rows
+        int before;              // row tiles of the groups before it
+    };
+    __shared__ Found shared_found;
+    Found found = {0, 0, num_rows, 0};
+    if (offsets != nullptr) {
+        if (threadIdx.x < 32) {
+            const int lane = threadIdx.x, ordinal = index / column_tiles;
+            if (lane == 0) shared_found = {0, 0, 0, ordinal};
+            __syncwarp();
+            int before = 0;
+            for (int base = 0; base <= num_groups && before <= ordinal; base += 32 * PER_LANE) {
+                const int group = base + lane * PER_LANE;
+                int starts[PER_LANE + 1], tiles[PER_LANE], through = 0;
 #pragma unroll
-            for (int i = 0; i <= PER_LANE; ++i) {
-                const int group = base + lane * PER_LANE + i;
-                starts[i] = group <= num_groups ? offsets[group] : num_rows;
-            }
+                for (int i = 0; i <= PER_LANE; ++i)
+                    starts[i] = group + i <= num_groups ? offsets[group + i] : num_rows;
 #pragma unroll
-            for (int i = 0; i < PER_LANE; ++i) {
-                tiles[i] = int((uint32(starts[i + 1] - starts[i]) + TILE_ROWS - 1) / TILE_ROWS);
-                through += tiles[i];
-            }
-            const int mine = through;
-            for (int step = 1; step < 32; step *= 2) {
-                const int other = __shfl_up_sync(0xffffffffu, through, step);
-                if (lane >= step) through += other;
-            }
-            int at = before + through - mine;
-#pragma unroll
-            for (int i = 0; i < PER_LANE; ++i) {
-                if (ordinal >= at && ordinal < at + tiles[i]) {
-                    const Place place = place_in_panels(index - at * column_tiles, tiles[i], column_tiles);
-                    const int first = starts[i] + place.row * TILE_ROWS, rows = starts[i + 1] - first;
-                    found = {base + lane * PER_LANE + i, first, min(TILE_ROWS, rows), place.column};
+                for (int i = 0; i < PER_LANE; ++i) {
+                    tiles[i] = int((uint32(starts[i + 1] - starts[i]) + TILE_ROWS - 1) / TILE_ROWS);
+                    through += tiles[i];
                 }
-                at += tiles[i];
+                const int mine = through;
+                for (int step = 1; step < 32; step *= 2) {
+                    const int other = __shfl_up_sync(0xffffffffu, through, step);
+                    if (lane >= step) through += other;
+                }
+                int at = before + through - mine;
+#pragma unroll
+                for (int i = 0; i < PER_LANE; ++i) {
+                    if (ordinal >= at && ordinal < at + tiles[i])
+                        shared_found = {group + i, starts[i], starts[i + 1], at};
+                    at += tiles[i];
+                }
+                before += __shfl_sync(0xffffffffu, through, 31);
             }
-            before += __shfl_sync(0xffffffffu, through, 31);
         }
+        __syncthreads();
+        found = shared_found;
     }
-    __syncthreads();
-    return found;
+    const int row_tiles = int((uint32(found.last - found.first) + TILE_ROWS - 1) / TILE_ROWS);
+    const Place place = place_in_panels(index - found.before * column_tiles, row_tiles, column_tiles);
+    const int first = found.first + place.row * TILE_ROWS;
+    return {found.group, first, row_tiles == 0 ? 0 : min(TILE_ROWS, found.last - first), place.column};
 }
