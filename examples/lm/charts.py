@@ -8,6 +8,7 @@ from html import escape
 WIDTH, HEIGHT = 760, 320
 LEFT, RIGHT, TOP, BOTTOM = 52, 110, 14, 44
 MOST_POINTS = 400  # of one curve
+STRONGEST = 2.0  # doublings from what was expected that get a heatmap's full colour
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ def line_chart(title: str, x_name: str, y_name: str, curves: list[Curve]) -> str
     """Curves over a common pair of axes."""
     points = [point for curve in curves for point in curve.points]
     x_ticks = ticks(0, max(x for x, _ in points), 8)
-    y_ticks = ticks(min(y for _, y in points), max(y for _, y in points), 6)
+    y_ticks = ticks(min(y for _, y in points), max(y for _, y in points), 9)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -63,10 +64,13 @@ def line_chart(title: str, x_name: str, y_name: str, curves: list[Curve]) -> str
 
 
 def heatmap(
-    title: str, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, even: float
+    title: str,
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    expected: Sequence[float],
 ) -> str:
-    """Shares as shades: a cell at twice the ``even`` share or more, up to the largest, is darkest."""
-    darkest = max(2 * even, max(max(row) for row in values))
+    """Shares with their column's ``expected`` one: blank where equal, in one colour above, another below."""
     left, top, height = 108, 24, 30
     width = max(14.0, min(80.0, (WIDTH - left) / len(columns)))
     parts = []
@@ -77,15 +81,17 @@ def heatmap(
         y = top + i * height
         parts.append(text(left - 10, y + height / 2 + 4, name, "tick end"))
         for j, value in enumerate(row):
-            strength = value / darkest
+            ratio = math.log2(max(value, 1e-6) / max(expected[j], 1e-6)) / STRONGEST
+            strength = min(abs(ratio), 1.0)
+            side = "above" if ratio > 0 else "below"
             x = left + j * width
             note = escape(f"{name}, {columns[j]}: {value:.1%}")
             parts.append(
-                f'<rect class="cell" x="{x + 1:.1f}" y="{y + 1}" width="{width - 2:.1f}" '
-                f'height="{height - 2}" rx="3" fill-opacity="{0.04 + 0.96 * strength:.3f}"><title>{note}</title></rect>'
+                f'<rect class="cell {side}" x="{x + 1:.1f}" y="{y + 1}" width="{width - 2:.1f}" '
+                f'height="{height - 2}" rx="3" fill-opacity="{strength:.3f}"><title>{note}</title></rect>'
             )
             if width >= 34:
-                tone = "strong" if strength > 0.55 else "weak"
+                tone = "strong" if strength > 0.6 else "weak"
                 parts.append(text(x + width / 2, y + height / 2 + 4, f"{value:.0%}", f"value middle {tone}"))
     return svg(title, round(left + width * len(columns)) + 4, top + height * len(rows) + 4, parts)
 

@@ -23,7 +23,7 @@ class ModelConfig:
     top_k: int
     hidden: int
     dense: bool
-    aux_loss_coeff: float = 0.01
+    aux_loss_coeff: float = 0.001
 
 
 class ByteModel(nn.Module):

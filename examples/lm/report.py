@@ -1,5 +1,6 @@
 """report.html: one page, nothing loaded from anywhere, with what a run learned and what its experts do."""
 
+import math
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
@@ -53,15 +54,15 @@ def tiles(run: Run, evaluation: Evaluation) -> str:
     tokens = run.step * run.config.batch * run.config.model.context
     before = mean(run.history.held_out[0][1])
     figures = [
-        ("held-out bits a byte", f"{evaluation.mean_bits:.3f}", f"{before:.2f} before training"),
-        ("parameters at work", f"{active / 1e6:.2f} M", f"of {total / 1e6:.2f} M"),
-        ("bytes a second", f"{tokens / run.history.seconds:,.0f}", f"{tokens / 1e6:.2f} million in training"),
+        ("bits a byte", f"{evaluation.mean_bits:.3f}", f"held-out; {before:.2f} before"),
+        ("active parameters", f"{active / 1e6:.2f} M", f"of {total / 1e6:.2f} M"),
+        ("bytes a second", f"{tokens / run.history.seconds:,.0f}", f"{tokens / 1e6:.2f} million read"),
     ]
     if run.model.moe_layers:
         known = mutual_information(evaluation.load).max().item()
         busiest = (evaluation.load.sum(1) / evaluation.load.sum(1).mean(-1, keepdim=True)).max().item()
         figures.append(("load imbalance", f"{busiest:.2f}", "busiest expert over the mean"))
-        figures.append(("specialisation", f"{known:.2f}", "bits that an expert tells about the domain"))
+        figures.append(("specialisation", f"{known:.2f}", "bits told of the domain"))
     return "".join(
         f'<div class="tile"><span>{name}</span><strong>{value}</strong><span>{note}</span></div>'
         for name, value, note in figures
@@ -80,8 +81,9 @@ def loss_chart(run: Run) -> str:
 
 
 def domain_chart(run: Run) -> str:
+    later = run.history.held_out[1:]  # from where all start alike, all would look alike
     curves = [
-        Curve(name, [(step, bits[i]) for step, bits in run.history.held_out], f"c{i % 6 + 1}", dots=True)
+        Curve(name, [(step, bits[i]) for step, bits in later], f"c{i % 6 + 1}", dots=True)
         for i, name in enumerate(run.corpus.names)
     ]
     return charts.line_chart("Held-out bits a byte by domain", "step", "bits a byte", curves)
@@ -107,25 +109,28 @@ def expert_sections(run: Run, evaluation: Evaluation) -> list[str]:
     even = 1 / experts
     by_layer = shares.mean(1).tolist()
     best = int(told.argmax())
-    domain, expert = divmod(int(shares[best].argmax()), experts)
+    others = (shares[best].sum(0) - shares[best]) / max(1, domains - 1)
+    domain, expert = divmod(int((shares[best] - others).argmax()), experts)
     panels = ""
     for i, layer in enumerate(layer_names):
         title = f"Expert load by domain, {layer}"
-        chart = charts.heatmap(title, shares[i].tolist(), names, expert_names, even=even)
+        chart = charts.heatmap(title, shares[i].tolist(), names, expert_names, shares[i].mean(0).tolist())
         caption = f"{layer} <span>tells {told[i]:.2f} bits</span>"
         panels += f"<figure><figcaption>{caption}</figcaption>{chart}</figure>"
     specialised = (
-        f"Each row is one domain's held-out text, and adds up to 100%; {even:.1%} everywhere would be no "
-        f"specialisation. The expert that a byte goes to tells {told[best]:.2f} bits about its domain in "
-        f"{layer_names[best]} (of {torch.tensor(domains).log2():.2f} bits there are), {told.mean():.2f} on "
-        f"average over the layers. There, expert {expert} takes {shares[best, domain, expert]:.0%} of "
-        f"{escape(names[domain])} and {without(shares[best, :, expert], domain):.0%} of the other text."
+        "Each row is one domain's held-out text, and adds up to 100%. Blue: more than the expert takes of the "
+        "average domain; orange: less; without specialisation all would be blank. The expert that a byte goes "
+        f"to tells {told[best]:.2f} bits of its domain in {layer_names[best]} ({math.log2(domains):.2f} would "
+        f"tell all), {told.mean():.2f} on average over the layers. In {layer_names[best]}, expert {expert} "
+        f"takes {shares[best, domain, expert]:.0%} of {escape(names[domain])} and "
+        f"{others[domain, expert]:.0%} of the other text."
     )
     return [
         section(
             "Expert load by layer",
-            charts.heatmap("Expert load by layer", by_layer, layer_names, expert_names, even=even),
-            f"The share of all rows that each expert (0 to {experts - 1}) takes; {even:.1%} is balanced.",
+            charts.heatmap("Expert load by layer", by_layer, layer_names, expert_names, [even] * experts),
+            f"The share of all held-out rows that each expert (0 to {experts - 1}) takes. {even:.1%} is balanced: "
+            "blue is more, orange less.",
         ),
         section("Expert load by domain", panels, specialised),
         section(
@@ -206,11 +211,6 @@ def smoothed(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
         weight = SMOOTHING * weight + (1 - SMOOTHING)
         curve.append((x, total / weight))
     return curve
-
-
-def without(values: torch.Tensor, index: int) -> float:
-    """The mean of all values but one; of one alone, 0."""
-    return ((values.sum() - values[index]) / max(1, len(values) - 1)).item()
 
 
 def mean(values: list[float]) -> float:

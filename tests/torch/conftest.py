@@ -24,7 +24,9 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def compiled_afresh(monkeypatch):
-    """torch.compile's caches on disk know nothing of a change in ffmoe."""
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+@pytest.fixture(autouse=True, scope="session")
+def compiled_afresh(tmp_path_factory):
+    """torch.compile's cache on disk, which knows nothing of a change in ffmoe, is a new one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
