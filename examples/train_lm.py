@@ -11,6 +11,7 @@ on a CPU the same command gives the same bits, stopped and resumed or not.
 
 import argparse
 import os
+import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -56,6 +57,9 @@ def main() -> int:
     except (UsageError, TextError, CheckpointError, FFMoEError) as error:
         print(f"train_lm.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train_lm.py: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,7 +105,7 @@ def parse_args() -> argparse.Namespace:
         ("hidden", "width inside an expert"),
     ]:
         parser.add_argument(f"--{name}", type=positive, metavar="N", help=meaning)
-    parser.add_argument("--seed", type=int, metavar="N", help="of the weights and of the text's order")
+    parser.add_argument("--seed", type=seed, metavar="N", help="of the weights and of the text's order")
     parser.add_argument("--learning-rate", type=float, metavar="X", help="the highest, after the warm-up")
     return parser.parse_args()
 
@@ -110,6 +114,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2**31 - 1")
     return value
 
 
@@ -199,7 +210,7 @@ def write_samples(training: Run) -> list[Sample]:
     prompts = openings[:, : min(PROMPT_BYTES, context)].to(training.device)
     written = write(training.model, prompts, SAMPLE_BYTES, context, training.config.seed)
     return [
-        Sample(name, as_text(prompt), as_text(text))
+        Sample(name, as_text(prompt.tolist()), as_text(text.tolist()))
         for name, prompt, text in zip(training.corpus.names, prompts, written, strict=True)
     ]
 
@@ -209,7 +220,7 @@ def mean(values: list[float]) -> float:
 
 
 def resume_command(folder: Path) -> str:
-    return f"python {sys.argv[0]} --resume --out {folder}"
+    return shlex.join([sys.executable, sys.argv[0], "--resume", "--out", str(folder)])
 
 
 if __name__ == "__main__":

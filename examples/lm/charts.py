@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 760, 320
-LEFT, RIGHT, TOP, BOTTOM = 52, 110, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 52, 130, 14, 44
+LONGEST_NAME = 17  # characters that fit beside a chart
 MOST_POINTS = 400  # of one curve
 STRONGEST = 2.0  # doublings from what was expected that get a heatmap's full colour
 
@@ -24,12 +25,13 @@ class Curve:
 def line_chart(title: str, x_name: str, y_name: str, curves: list[Curve]) -> str:
     """Curves over a common pair of axes."""
     points = [point for curve in curves for point in curve.points]
-    x_ticks = ticks(0, max(x for x, _ in points), 8)
+    last_x = max(x for x, _ in points)
+    x_ticks = [tick for tick in ticks(0, last_x, 8) if tick <= last_x]
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points), 9)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        across = x / last_x
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return LEFT + across * (right - LEFT), bottom - up * (bottom - TOP)
 
@@ -59,7 +61,7 @@ def line_chart(title: str, x_name: str, y_name: str, curves: list[Curve]) -> str
         if curve.name:
             ends.append((placed[-1][1], curve))
     for (_, curve), y in zip(sorted(ends, key=lambda end: end[0]), spaced([y for y, _ in ends]), strict=True):
-        parts.append(text(right + 10, y + 4, curve.name, f"name {curve.style}"))
+        parts.append(text(right + 10, y + 4, short(curve.name), f"name {curve.style}"))
     return svg(title, WIDTH, HEIGHT, parts)
 
 
@@ -71,15 +73,15 @@ def heatmap(
     expected: Sequence[float],
 ) -> str:
     """Shares with their column's ``expected`` one: blank where equal, in one colour above, another below."""
-    left, top, height = 108, 24, 30
-    width = max(14.0, min(80.0, (WIDTH - left) / len(columns)))
+    left, top, height = 122, 24, 30
+    width = max(14.0, min(78.0, (WIDTH - left) / len(columns)))
     parts = []
     for j, name in enumerate(columns):
         if width >= 24 or j % 4 == 0:
             parts.append(text(left + (j + 0.5) * width, top - 8, name, "tick middle"))
     for i, (name, row) in enumerate(zip(rows, values, strict=True)):
         y = top + i * height
-        parts.append(text(left - 10, y + height / 2 + 4, name, "tick end"))
+        parts.append(text(left - 10, y + height / 2 + 4, short(name), "tick end"))
         for j, value in enumerate(row):
             ratio = math.log2(max(value, 1e-6) / max(expected[j], 1e-6)) / STRONGEST
             strength = min(abs(ratio), 1.0)
@@ -91,7 +93,7 @@ def heatmap(
                 f'height="{height - 2}" rx="3" fill-opacity="{strength:.3f}"><title>{note}</title></rect>'
             )
             if width >= 34:
-                tone = "strong" if strength > 0.6 else "weak"
+                tone = "strong" if strength > 0.75 else "weak"
                 parts.append(text(x + width / 2, y + height / 2 + 4, f"{value:.0%}", f"value middle {tone}"))
     return svg(title, round(left + width * len(columns)) + 4, top + height * len(rows) + 4, parts)
 
@@ -106,6 +108,10 @@ def svg(title: str, width: int, height: int, parts: list[str]) -> str:
 
 def text(x: float, y: float, content: str, style: str) -> str:
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{escape(content)}</text>'
+
+
+def short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:

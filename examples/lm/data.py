@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,7 +144,7 @@ def _cut(document: bytes, limit: int) -> list[bytes]:
 
 
 def _tensor(pieces: Iterable[bytes]) -> Tensor:
-    return torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(b"".join(pieces), dtype=np.uint8).copy())
 
 
 def _spread(text: Tensor, length: int, windows: int) -> Tensor:

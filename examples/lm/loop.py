@@ -102,8 +102,8 @@ def describe(run: Run, meter: Meter) -> str:
     bits = sum(recent) / len(recent)
     held_out = run.history.held_out[-1][1]
     parts = [
-        f"loss {bits * math.log(2):.3f}",
-        f"{bits:.3f} bits/byte (held-out {sum(held_out) / len(held_out):.3f})",
+        f"loss {bits * math.log(2):.2f}",
+        f"{bits:.2f} bits/byte (held-out {sum(held_out) / len(held_out):.2f})",
         f"{meter.tokens_per_second:,.0f} tokens/s",
     ]
     if layers := run.model.moe_layers:

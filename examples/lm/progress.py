@@ -1,5 +1,6 @@
 """A progress bar: one line redrawn on a terminal, a plain line now and then where there is none."""
 
+import shutil
 import sys
 import time
 from typing import TextIO
@@ -35,9 +36,11 @@ class Progress:
         left = "" if step == self.total else f"  {_clock(seconds)} left"
         counter = f"{step:{len(str(self.total))}}/{self.total}"
         if self.redraws:
-            filled = BAR_WIDTH * step // self.total
-            bar = "█" * filled + "░" * (BAR_WIDTH - filled)
-            line = f"{bar} {counter}  {text}{left}"
+            columns = shutil.get_terminal_size().columns - 1  # a line that wraps could not be redrawn
+            line = f" {counter}  {text}{left}"
+            width = max(0, min(BAR_WIDTH, columns - len(line)))
+            filled = width * step // self.total
+            line = ("█" * filled + "░" * (width - filled) + line)[:columns]
             self.stream.write("\r" + line.ljust(self.length))
             self.length = len(line)
         else:

@@ -149,9 +149,13 @@ def traced_text(run: Run, layer: int) -> str:
         windows = max(1, min(TRACED_BYTES, len(domain.held_out)) // context)
         start = (len(domain.held_out) - windows * context) // 2
         tokens = domain.held_out[start : start + windows * context].long().view(windows, context)
-        chosen = first_choices(run.model, tokens, run.device)[layer].flatten()
-        alike = groupby(zip(chosen.tolist(), tokens.flatten(), strict=True), key=lambda pair: pair[0])
-        marked = [mark(as_text([byte for _, byte in group]), expert, experts) for expert, group in alike]
+        chosen = first_choices(run.model, tokens, run.device)[layer].flatten().tolist()
+        text = tokens.flatten().tolist()
+        for i in range(1, len(text)):
+            if 0x80 <= text[i] < 0xC0:  # inside a character of several bytes, which cannot be cut
+                chosen[i] = chosen[i - 1]
+        alike = groupby(zip(chosen, text, strict=True), key=lambda pair: pair[0])
+        marked = [mark(as_text(byte for _, byte in group), expert, experts) for expert, group in alike]
         parts.append(f"<h3>{escape(domain.name)}</h3><pre>{''.join(marked)}</pre>")
     return "".join(parts)
 
