@@ -4,7 +4,8 @@
 
 Host time is the wall time of the call alone: the GPU works on behind it and is waited for only between
 batches, which are short enough that its queue never fills. The layer is small (T=64, H=512, I=256, E=8,
-K=2, bfloat16), so that host time is what a user of it would wait for. Medians over all calls.
+K=2, bfloat16), so that host time is what a user of it would wait for. Medians over all calls. One nn.Linear
+is timed in the same run: host time depends on the machine's processor, and this is its yardstick.
 """
 
 import argparse
@@ -56,6 +57,7 @@ class SmallLayer:
         self.grad = torch.randn(TOKENS, D_MODEL, **options)
         self.arrays = (self.x.detach(), self.layer.gate.weight.detach())
         self.arrays += (self.layer.w_up.detach(), self.layer.w_down.detach())
+        self.linear = torch.nn.Linear(D_MODEL, D_MODEL, **options)
         self.config = ffmoe_core.MoEConfig(
             d_model=D_MODEL, ffn_dim=2 * INTERMEDIATE, num_experts=EXPERTS, top_k=TOP_K
         )
@@ -63,6 +65,7 @@ class SmallLayer:
     def clear_gradients(self) -> None:
         self.x.grad = None
         self.layer.zero_grad(set_to_none=True)
+        self.linear.zero_grad(set_to_none=True)
 
     def core_forward(self) -> ffmoe_core.MoEResult:
         return ffmoe_core.moe_forward(*self.arrays, self.config)
@@ -85,6 +88,13 @@ class SmallLayer:
         output, _ = self.layer(self.x)
         output.backward(self.grad)
 
+    @torch.no_grad()
+    def linear_forward(self) -> object:
+        return self.linear(self.x)
+
+    def linear_forward_backward(self) -> None:
+        self.linear(self.x).backward(self.grad)
+
 
 def levels(small: SmallLayer) -> dict[str, float]:
     """Median microseconds of a call entered at each level, from the kernels outwards."""
@@ -96,6 +106,8 @@ def levels(small: SmallLayer) -> dict[str, float]:
         "layer forward, recording the graph": host_time_us(small.forward_with_graph),
         "core backward": host_time_us(lambda: small.core_backward(saved)),
         "layer forward+backward": host_time_us(small.forward_backward, small.clear_gradients),
+        "nn.Linear forward": host_time_us(small.linear_forward),
+        "nn.Linear forward+backward": host_time_us(small.linear_forward_backward, small.clear_gradients),
     }
 
 
