@@ -1,6 +1,7 @@
 """The Backend protocol: the stages of a layer. And which backend an array's device calls for."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 from .arrays import DeviceType, Space
@@ -38,7 +39,12 @@ STAGES = tuple(name for name in Backend.__annotations__ if name != "name")
 
 def backend_for(space: Space) -> type[Backend]:
     """The backend of the device that ``space`` allocates on."""
-    if space.device_type == DeviceType.CPU:
+    return _backend_of(space.device_type)
+
+
+@cache
+def _backend_of(device_type: int) -> type[Backend]:
+    if device_type == DeviceType.CPU:
         from .cpu.backend import CpuBackend
 
         return CpuBackend

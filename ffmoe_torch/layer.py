@@ -67,7 +67,9 @@ class MoELayer(nn.Module):
     ConfigError : an option is out of range or unknown; the message names it and what would work.
     """
 
-    _last: tuple[Tensor, Tensor] | None  # routing and losses of the last forward call, for stats()
+    # Routing and losses of the last forward call, for stats(). In a list, as setting a module's attribute costs
+    # more host time than launching a kernel.
+    _last: list[tuple[Tensor, Tensor]]
     expert_bias: Tensor | None
     expert_counts: Tensor | None
     proj_down: nn.Linear | None
@@ -142,7 +144,7 @@ class MoELayer(nn.Module):
         self.aux_mode = aux_mode
         self._options = options_of(config)
         self._has_losses = aux_loss_coeff > 0 or z_loss_coeff > 0
-        self._last = None
+        self._last = []
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         intermediate = config.intermediate
@@ -226,7 +228,7 @@ class MoELayer(nn.Module):
         if torch.compiler.is_compiling():
             # inductor's backward fails on a graph that returns a tensor both with and without gradient
             statistics = statistics.clone()
-        self._last = (routing, statistics)
+        self._last[:] = [(routing, statistics)]
         if self.expert_counts is not None and self.training:
             self.expert_counts += tokens_per_expert(routing, self.num_experts)
 
@@ -253,10 +255,10 @@ class MoELayer(nn.Module):
 
         Does not wait for the device; reading an attribute of the result does.
         """
-        if self._last is None:
+        if not self._last:
             empty = torch.zeros(routing_layout(0, self.top_k, self.num_experts).nbytes, dtype=torch.uint8)
             return MoEStats(empty, torch.zeros(3), self.num_experts)
-        return MoEStats(*self._last, self.num_experts)
+        return MoEStats(*self._last[0], self.num_experts)
 
     @torch.no_grad()
     def update_expert_bias(self, rate: float) -> None:
@@ -315,7 +317,7 @@ class MoELayer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_last": None}
+        return self.__dict__ | {"_last": []}
 
 
 def _check_width(name: str, value: object, low: int) -> None:

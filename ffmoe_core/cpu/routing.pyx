@@ -214,6 +214,11 @@ cdef struct Route:
     int32_t* counts  # [blocks, E]
 
 
+# Below this sum of sigmoids each is exp(logit) to the last bit, and their shares are the softmax of the logits:
+# which still has digits where float32 sigmoids have lost theirs.
+cdef double VANISHED = 1e-30
+
+
 cdef inline double entropy(
     const Router* router, const real* logits, const real* q, double lse
 ) noexcept nogil:
@@ -254,8 +259,11 @@ cdef void route_token(
     if router.sigmoid:
         for e in range(E):
             total += scores[e]
-        for e in range(E):
-            scores[e] = <real>(scores[e] / total)
+        if total < VANISHED:
+            softmax(E, logits, scores)
+        else:
+            for e in range(E):
+                scores[e] = <real>(scores[e] / total)
     for e in range(E):
         score_sums[e] += scores[e]
     losses[0] += lse * lse
@@ -402,6 +410,13 @@ cdef inline void add_scores(
             total += scores[e]
     else:
         softmax(E, logits, scores)
+    if total < VANISHED:
+        softmax(E, logits, scores)
+        for e in range(E):
+            dot += scores[e] * job.dshares[e]
+        for e in range(E):
+            d[e] += <real>(scores[e] * (job.dshares[e] - dot))
+        return  # scores that are 0 have no slope of their own
     for e in range(E):
         dot += scores[e] / total * job.dshares[e]
     for e in range(E):

@@ -183,15 +183,14 @@ def test_non_finite_logits_still_choose_real_experts(kind, gating, options, bias
 @pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("shift", [-300.0, -90.0, 90.0, 3000.0])
 def test_large_logits_neither_overflow_nor_vanish(kind, gating, shift):
-    """The weights of scores that float32 cannot hold are still right, and so are their gradients."""
-    vanished = gating == "sigmoid" and shift == -300  # there is no share of scores that are all 0
+    """Weights and losses of scores that float32 cannot hold are still right, and so are the gradients."""
     config = MoEConfig(
         d_model=1,
         ffn_dim=2,
         num_experts=6,
         top_k=3,
         gating=gating,
-        aux_loss_coeff=0.0 if vanished else 1.0,
+        aux_loss_coeff=1.0,
         z_loss_coeff=1.0,
     )
     rng = np.random.default_rng(0)
@@ -201,9 +200,8 @@ def test_large_logits_neither_overflow_nor_vanish(kind, gating, shift):
     ]
     want = np.array([reference.weigh(config, row, i) for row, i in zip(logits, idx, strict=True)])
     assert_close(weights, want, "float32", "weights")
-    shown = slice(1, 2) if vanished else slice(3)
     wanted = reference.router_losses(config, logits, counts, [True] * 5)
-    np.testing.assert_allclose(losses[shown], wanted[shown], rtol=1e-5)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
     grad_losses = np.array([0.5, 2.0, 9.0])
     got, want = route_backward(kind, config, logits, outputs, grad_losses, rng)
     assert_close(got, want, "float32", "gradient of the logits")
