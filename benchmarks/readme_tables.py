@@ -49,6 +49,53 @@ def host_time(record: Record) -> str:
     return table(("one call", "median, us", "aim, us"), rows)
 
 
+# the six products and the two gather-and-sums: nearly all of a layer's time
+MAIN_STAGES = (
+    "up", "down", "combine", "d-activation", "dW_down", "dW_up", "d-input", "combine dx",
+)  # fmt: skip
+
+
+def layer(record: Record) -> str:
+    """Times beside the peers' and the bound, the same under skewed routing, and stages beside their floors."""
+    peers = ("ffmoe", "sonicmoe", "grouped_mm", "bound")
+    balanced, skewed, stages = [], [], []
+    for name, shape in record["shapes"].items():
+        sizes = ", ".join(str(shape[size]) for size in "THIEK")
+        for routing, result in shape["routing"].items():
+            contenders = result["contenders"]
+            times = tuple(both_ways(contenders.get(peer)) for peer in peers)
+            ratios = both_ways(contenders.get("ffmoe"), contenders.get("bound"))
+            if routing == "balanced":
+                kept = (
+                    mib(contenders[peer]["kept_bytes"]) if peer in contenders else "" for peer in peers[:2]
+                )
+                balanced.append((name, sizes, *times, ratios, *kept))
+                reached = (result.get("stages", {}).get(stage, {}) for stage in MAIN_STAGES)
+                stages.append((name, *(f"{row['of_floor']:.0%}" if row else "" for row in reached)))
+            else:
+                share = f"{result['rows_an_expert']['largest_share']:.1%}"
+                skewed.append((name, routing, share, *times[:3], ratios))
+    heads = ("ffmoe", "SonicMoE", "grouped_mm", "bound", "ffmoe : bound")
+    parts = [table(("", "T, H, I, E, K", *heads, "ffmoe keeps, MiB", "SonicMoE keeps, MiB"), balanced)]
+    if skewed:
+        parts.append("Skewed routing; the share is that of the expert with the most rows.")
+        parts.append(table(("", "routing", "share", *heads[:3], heads[4]), skewed))
+    parts.append("Fraction of a stage's floor that is reached, balanced routing.")
+    parts.append(table(("", *MAIN_STAGES), stages))
+    parts.append("![Time by stage, and every contender's ratio to the bound](benchmarks/results/layer.svg)")
+    return "\n\n".join(parts)
+
+
+def both_ways(row: Record | None, unit: Record | None = None) -> str:
+    """Milliseconds forward / forward+backward, or as ratios to another's."""
+    keys = ("forward_ms", "forward_backward_ms")
+    if not row:
+        return ""
+    if unit:
+        return " / ".join(f"{row[key] / unit[key]:.2f}" for key in keys)
+    return " / ".join(f"{row[key]:.2f}" for key in keys)
+
+
 def memory_kept(record: Record) -> str:
     rows = [
         (
@@ -76,6 +123,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "cpu_layer": cpu_layer,
     "gpu_tests": gpu_tests,
     "host_time": host_time,
+    "layer": layer,
     "memory_kept": memory_kept,
 }
 
