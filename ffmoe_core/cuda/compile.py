@@ -35,10 +35,17 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_options(defines: tuple[str, ...]) -> tuple[str, ...]:
+def only_architecture(file: str) -> str | None:
+    """The one architecture that a kernel file is for, by the end of its name; None: all of them."""
+    return "sm_90a" if file.endswith("_sm90.cu") else None
+
+
+def compile_options(file: str, defines: tuple[str, ...]) -> tuple[str, ...]:
     """NVRTC's options for a variant; ``defines`` are NAME=VALUE."""
+    architecture = only_architecture(file)
     return (
         "-std=c++17",
+        *((f"-arch={architecture}",) if architecture else ()),
         f"-I{kernel_directory()}",
         f"-DFFMOE_KERNEL_DIGEST=0x{source_digest()}",
         *(f"-D{define}" for define in defines),
@@ -61,7 +68,7 @@ def load_function(
     source = (kernel_directory() / file).read_text()
     try:
         with cupy.cuda.Device(device_id):
-            module = cupy.RawModule(code=source, options=compile_options(defines))
+            module = cupy.RawModule(code=source, options=compile_options(file, defines))
             kernel = module.get_function(entry)
             if dynamic_smem > _STATIC_SHARED_MEMORY:
                 kernel.max_dynamic_shared_size_bytes = dynamic_smem

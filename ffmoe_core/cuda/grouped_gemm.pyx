@@ -8,6 +8,7 @@ their tile from ``expert_offsets`` on the device.
 from libc.stdint cimport int64_t, uintptr_t
 
 from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Array, Space
+from . cimport grouped_gemm_sm90 as sm90
 from .launch cimport Kernel, Parameter, kernel, multiprocessor_count
 
 # How a product is computed: on the ordinary units, or on the tensor cores in narrow or in wide tiles.
@@ -157,6 +158,9 @@ def grouped_gemm(
     cdef int path
     if num_rows == 0:
         return
+    if sm90.serves(a.dtype, addresses, depth | columns, num_groups, space.device_id):
+        sm90.grouped_gemm(space, a, b, expert_offsets, row_index, transpose_b, out)
+        return
     path = choose(a.dtype, addresses, depth, columns, tiles_down, depth, columns, space.device_id)
     column_tiles = <int>divided_up(columns, TILE_COLUMNS[path])
     vectors = in_vectors(addresses, depth, columns)
@@ -178,6 +182,11 @@ def grouped_gemm_wgrad(
     cdef uintptr_t left = address(a_index), right = address(b_index)
     cdef uintptr_t addresses = address(a) | address(b) | address(out)
     cdef int path
+    if (left == 0 or right == 0) and sm90.serves(
+        a.dtype, addresses, a_columns | b_columns, num_groups, space.device_id
+    ):
+        sm90.grouped_gemm_wgrad(space, a, b, expert_offsets, a_index, b_index, out, False)
+        return
     row_tiles = <int>divided_up(a_columns, TILE_ROWS)
     path = choose(
         a.dtype, addresses, a_columns, b_columns,
@@ -207,6 +216,9 @@ def grouped_glu(
     cdef int path
     if num_rows == 0:
         return
+    if sm90.serves(x.dtype, addresses, depth | intermediate, num_groups, space.device_id):
+        sm90.grouped_glu(space, x, w_up, expert_offsets, row_index, act, z, a)
+        return
     path = choose(
         x.dtype, addresses, depth, intermediate, tiles_down, depth, 2 * <int64_t>intermediate, space.device_id
     )
@@ -229,27 +241,34 @@ def grouped_glu_backward(
     cdef int num_groups = <int>w_down.dims[0], num_rows = <int>pa.dims[0]
     cdef int depth = <int>dout.dims[1], intermediate = <int>pa.dims[1], column_tiles, vectors
     cdef int act = ACTIVATIONS[activation]
-    cdef int count = <int>divided_up(intermediate, PART_COLUMNS)
+    cdef int count
     cdef uintptr_t index = address(row_index)
     cdef uintptr_t addresses = address(dout) | address(w_down) | address(z) | address(dz) | address(pa)
     cdef int64_t tiles_down = row_tiles(num_rows, num_groups)
     cdef int path
     if num_rows == 0:
         return
+    cdef bint hopper = sm90.serves(dout.dtype, addresses, depth | intermediate, num_groups, space.device_id)
+    # so many columns have their part of a row's dot product; the parts are added in order
+    count = <int>divided_up(intermediate, sm90.PART_COLUMNS if hopper else PART_COLUMNS)
     # never wide: two blocks on a multiprocessor hide each other's long epilogue
     path = choose(dout.dtype, addresses, depth, intermediate, tiles_down, 0, intermediate, space.device_id)
     column_tiles = <int>divided_up(intermediate, TILE_COLUMNS[path])
     vectors = in_vectors(addresses, depth, intermediate)
-    # every 64 columns have their part of a row's dot product; they are added in order
     cdef Array parts = dp_rows if count == 1 else space.empty((count, num_rows), dp_rows.dtype)
     cdef Parameter[16] params = [
         &dout.data, &w_down.data, &expert_offsets.data, &index, &row_weights.data, &z.data, &dz.data,
         &pa.data, &parts.data, &num_groups, &num_rows, &depth, &intermediate, &column_tiles, &vectors, &act,
     ]
-    launch(
-        space, path, "grouped_glu_backward", _glu_backward[path, dout.dtype, act],
-        tiles_down * column_tiles, 1, params,
-    )
+    if hopper:
+        sm90.grouped_glu_backward(
+            space, dout, w_down, expert_offsets, row_index, row_weights, z, act, dz, pa, parts
+        )
+    else:
+        launch(
+            space, path, "grouped_glu_backward", _glu_backward[path, dout.dtype, act],
+            tiles_down * column_tiles, 1, params,
+        )
     if count > 1:
         sum_parts(space, parts, dp_rows, count, False)
 

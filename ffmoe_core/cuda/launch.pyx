@@ -45,6 +45,7 @@ def _address(function):
 cdef _Driver driver = None
 cdef dict kernels = {}
 cdef dict multiprocessors = {}
+cdef dict capabilities = {}
 
 
 cdef class Kernel:
@@ -106,6 +107,15 @@ cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned i
     made.context = before
     kernels[key] = made
     return made
+
+
+cdef int compute_capability(int device_id) except -1:
+    """90 for sm_90, and so on."""
+    capability = capabilities.get(device_id)
+    if capability is None:
+        capability = int(import_cupy().cuda.Device(device_id).compute_capability)
+        capabilities[device_id] = capability
+    return capability
 
 
 cdef int multiprocessor_count(int device_id) except -1:

@@ -1,8 +1,11 @@
 // The GLU activations and their derivatives, in the accumulator's type.
 #pragma once
 
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
-__device__ __noinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+// SHORT: the result will be rounded to 16 bits, so a faster exponential will do.
+template <bool SHORT> __device__ __forceinline__ float sigmoid(float x) {
+    return __fdividef(1.0f, 1.0f + (SHORT ? __expf(-x) : expf(-x)));
+}
+template <bool SHORT> __device__ __noinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 
 // value = act(gate), slope = act'(gate)
 template <class A> struct Activated {
@@ -12,14 +15,14 @@ template <class A> struct Activated {
 
 enum { SWIGLU = 0, GEGLU = 1, RELU_SQUARED = 2 };
 
-template <class A> __device__ __forceinline__ Activated<A> activate(int kind, A gate) {
+template <bool SHORT, class A> __device__ __forceinline__ Activated<A> activate(int kind, A gate) {
     if (kind == SWIGLU) {
-        const A s = sigmoid(gate);
+        const A s = sigmoid<SHORT>(gate);
         return {gate * s, s * (A(1) + gate * (A(1) - s))};
     } else if (kind == GEGLU) {
         // 0.5 g (1 + tanh(v)) with v = sqrt(2/pi) (g + 0.044715 g^3), as g sigmoid(2 v): nothing cancels
         const A root = A(1.5957691216057308), cubic = A(0.044715);
-        const A s = sigmoid(root * (gate + cubic * gate * gate * gate));
+        const A s = sigmoid<SHORT>(root * (gate + cubic * gate * gate * gate));
         const A bend = s * (A(1) - s);  // 0 where it has saturated, and its factor may have overflowed
         const A slope = bend == A(0) ? s : s + gate * bend * root * (A(1) + A(3) * cubic * gate * gate);
         return {gate * s, slope};

@@ -41,6 +41,16 @@ struct Whole {
         store_values(values, to);
     }
 };
+// all of them, 16 bytes that nothing will read soon,
+struct Streamed {
+    template <class A, class X, int V>
+    __device__ __forceinline__ void store(const A (&values)[V], X* to) const {
+        Vector<X, V> piece;
+#pragma unroll
+        for (int i = 0; i < V; ++i) narrow(values[i], piece.at[i]);
+        stream_vector16(to, piece);
+    }
+};
 // or the first `count` of them one by one, unless vectors are allowed. The others are left as they are.
 struct First {
     int count;
@@ -72,7 +82,7 @@ __device__ __forceinline__ void store_glu(
     }
     A out[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = activate(activation, gate[i]).value * up[i];
+    for (int i = 0; i < V; ++i) out[i] = activate<sizeof(X) == 2>(activation, gate[i]).value * up[i];
     move.store(out, a);
 }
 
@@ -86,7 +96,7 @@ __device__ __forceinline__ A store_glu_gradient(
     A d_gate[V], d_up[V], scaled[V], dot = 0;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-        const Activated<A> act = activate(activation, gate[i]);
+        const Activated<A> act = activate<sizeof(X) == 2>(activation, gate[i]);
         const A a = act.value * up[i];
         dot += da[i] * a;
         scaled[i] = p * a;

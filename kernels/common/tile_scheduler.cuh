@@ -20,14 +20,14 @@ __device__ __forceinline__ Place place_in_panels(int index, int row_tiles, int c
 struct Tile {
     int group;   // num_groups stands for the rows behind the last group, which get zeros
     int first;   // first row of the tile
-    int count;   // rows of the tile, at most TILE_ROWS; 0: there is no such tile
+    int count;   // rows of the tile, at most ROWS; 0: there is no such tile
     int column;  // which tile along the columns
 };
 
 // The index-th tile over groups whose rows are offsets[g]..offsets[g+1]; then over the rows that follow the
 // last group, up to num_rows. Without offsets all rows are one group. To be called by all threads of the
 // block; costs a pass of a warp over the offsets.
-template <int TILE_ROWS>
+template <int ROWS>
 __device__ Tile find_tile(int index, const int* offsets, int num_groups, int num_rows, int column_tiles) {
     constexpr int PER_LANE = 8;
     struct Found {
@@ -50,7 +50,7 @@ __device__ Tile find_tile(int index, const int* offsets, int num_groups, int num
                     starts[i] = group + i <= num_groups ? offsets[group + i] : num_rows;
 #pragma unroll
                 for (int i = 0; i < PER_LANE; ++i) {
-                    tiles[i] = int((uint32(starts[i + 1] - starts[i]) + TILE_ROWS - 1) / TILE_ROWS);
+                    tiles[i] = int((uint32(starts[i + 1] - starts[i]) + ROWS - 1) / ROWS);
                     through += tiles[i];
                 }
                 const int mine = through;
@@ -71,8 +71,8 @@ __device__ Tile find_tile(int index, const int* offsets, int num_groups, int num
         __syncthreads();
         found = shared_found;
     }
-    const int row_tiles = int((uint32(found.last - found.first) + TILE_ROWS - 1) / TILE_ROWS);
+    const int row_tiles = int((uint32(found.last - found.first) + ROWS - 1) / ROWS);
     const Place place = place_in_panels(index - found.before * column_tiles, row_tiles, column_tiles);
-    const int first = found.first + place.row * TILE_ROWS;
-    return {found.group, first, row_tiles == 0 ? 0 : min(TILE_ROWS, found.last - first), place.column};
+    const int first = found.first + place.row * ROWS;
+    return {found.group, first, row_tiles == 0 ? 0 : min(ROWS, found.last - first), place.column};
 }

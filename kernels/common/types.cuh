@@ -88,6 +88,13 @@ template <class X, int N> __device__ __forceinline__ void store_vector(X* to, co
     *reinterpret_cast<Vector<X, N>*>(to) = value;
 }
 
+// A store of 16 bytes that nothing reads soon: they should not drive others out of the second-level cache.
+template <class X, int N> __device__ __forceinline__ void stream_vector16(X* to, const Vector<X, N>& value) {
+    const auto& words = reinterpret_cast<const Vector<uint32, 4>&>(value);
+    asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(to), "r"(words.at[0]), "r"(words.at[1]), "r"(words.at[2]), "r"(words.at[3]) : "memory");
+}
+
 // Two 16-bit elements in one register, `low` at the lower address: what mma.sync takes.
 template <class X> __device__ __forceinline__ uint32 pack2(float low, float high);
 template <> __device__ __forceinline__ uint32 pack2<bfloat16>(float low, float high) {

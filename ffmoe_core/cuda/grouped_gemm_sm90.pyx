@@ -1,0 +1,171 @@
+"""Grouped products on Hopper: variants and arguments. The kernels are in kernels/grouped_gemm_sm90.cu."""
+
+from libc.stdint cimport int64_t, uintptr_t
+from libc.stdlib cimport getenv
+
+from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, Array, Space
+from .launch cimport Parameter, compute_capability, kernel, multiprocessor_count
+from .tensor_map cimport TensorMap, map_matrices
+
+cdef str FILE = "grouped_gemm_sm90.cu"
+# The same as in the kernels.
+cdef enum:
+    CLUSTER = 2
+    THREADS = 384
+    OWN = 128     # rows or columns of a block's own operand
+    SHARED = 256  # and of the one it shares with the other block
+    DEPTH = 64
+    STAGES = 4
+    MOST_GROUPS = 1024
+    SHARED_BYTES = STAGES * (OWN + SHARED) * DEPTH * 2 + STAGES * 2 * 8 + 2 * (MOST_GROUPS + 2) * 4
+
+cdef tuple TYPES = (<int>BFLOAT16, <int>FLOAT16)
+
+# --- variants: what each kernel is compiled with, by dtype and then the kernel's own choice ---
+
+cdef dict _gemm = {
+    (x, gather, transpose_b): (
+        f"X_TYPE={x}", "SHARE_A=0", f"GATHER={gather}", f"TRANSPOSE_B={transpose_b}", f"OUT_TYPE={x}"
+    )
+    for x in TYPES
+    for gather in (0, 1)
+    for transpose_b in (0, 1)
+}
+cdef dict _wgrad = {
+    (x, share_a, gather, accumulate): (
+        f"X_TYPE={x}", f"SHARE_A={share_a}", f"GATHER={gather}", "WGRAD=1",
+        f"OUT_TYPE={<int>FLOAT32 if accumulate else x}", f"ACCUMULATE={accumulate}",
+    )
+    for x in TYPES
+    for share_a, gather in ((0, 0), (0, 1), (1, 1))
+    for accumulate in (0, 1)
+}
+cdef dict _glu = {
+    (x, gather, act): (f"X_TYPE={x}", "SHARE_A=0", f"GATHER={gather}", "GLU=1", f"ACTIVATION={act}")
+    for x in TYPES
+    for gather in (0, 1)
+    for act in range(3)
+}
+cdef dict _glu_backward = {
+    (x, gather, act): (f"X_TYPE={x}", "SHARE_A=0", f"GATHER={gather}", "GLU_BACKWARD=1", f"ACTIVATION={act}")
+    for x in TYPES
+    for gather in (0, 1)
+    for act in range(3)
+}
+
+
+def variants():
+    """Every (file, entry, defines) that this module can launch."""
+    cdef dict table
+    return [
+        (FILE, entry, defines)
+        for entry, table in (
+            ("grouped_gemm", _gemm), ("grouped_gemm_wgrad", _wgrad),
+            ("grouped_glu", _glu), ("grouped_glu_backward", _glu_backward),
+        )
+        for defines in table.values()
+    ]
+
+
+# --- choosing and counting ---
+
+cdef bint serves(int dtype, uintptr_t addresses, int64_t widths, int64_t num_groups, int device) except -1:
+    """Whether these kernels can do a product: its arrays' addresses and its widths are or-ed together.
+
+    FFMOE_PORTABLE_KERNELS in the environment keeps to the kernels that run on every architecture.
+    """
+    return (
+        (dtype == BFLOAT16 or dtype == FLOAT16)
+        and widths % 8 == 0
+        and addresses % 16 == 0
+        and num_groups <= MOST_GROUPS
+        and compute_capability(device) == 90
+        and getenv("FFMOE_PORTABLE_KERNELS") == NULL
+    )
+
+
+cdef int divided_up(int64_t value, int64_t by) noexcept:
+    return <int>((value + by - 1) // by)
+
+
+cdef uintptr_t address(Array array) noexcept:
+    return <uintptr_t>array.data if array is not None else 0
+
+
+cdef int launch(Space space, str entry, tuple defines, void** params) except -1:
+    cdef unsigned int blocks = multiprocessor_count(space.device_id) // CLUSTER * CLUSTER
+    return kernel(FILE, entry, defines, space.device_id, SHARED_BYTES).launch(
+        blocks, 1, 1, THREADS, SHARED_BYTES, space.stream, params
+    )
+
+
+# --- stages ---
+
+
+cdef int grouped_gemm(
+    Space space, Array a, Array b, Array expert_offsets, Array row_index, bint transpose_b, Array out
+) except -1:
+    cdef int num_groups = <int>b.dims[0], num_rows = <int>out.dims[0]
+    cdef int depth = <int>a.dims[1], columns = <int>out.dims[1], column_tiles = divided_up(columns, SHARED)
+    cdef bint gather = row_index is not None
+    cdef uintptr_t index = address(row_index)
+    cdef TensorMap a_map, b_map
+    map_matrices(&a_map, a, 1, a.dims[0], depth, OWN)
+    map_matrices(&b_map, b, num_groups, b.dims[1], b.dims[2], SHARED // 2 if transpose_b else DEPTH)
+    cdef Parameter[11] params = [
+        &a.data, a_map.at, b_map.at, &expert_offsets.data, &index, &out.data,
+        &num_groups, &num_rows, &depth, &columns, &column_tiles,
+    ]
+    return launch(space, "grouped_gemm", _gemm[a.dtype, gather, transpose_b], params)
+
+
+cdef int grouped_gemm_wgrad(
+    Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out, bint accumulate
+) except -1:
+    cdef int num_groups = <int>out.dims[0], a_columns = <int>out.dims[1], b_columns = <int>out.dims[2]
+    cdef bint share_a = b_index is not None, gather = share_a or a_index is not None
+    cdef uintptr_t index = address(b_index if share_a else a_index)
+    cdef int row_tiles = divided_up(a_columns, SHARED), column_tiles = divided_up(b_columns, SHARED)
+    cdef TensorMap a_map, b_map
+    map_matrices(&a_map, a, 1, a.dims[0], a_columns, DEPTH)
+    map_matrices(&b_map, b, 1, b.dims[0], b_columns, DEPTH)
+    cdef Parameter[12] params = [
+        &a.data, a_map.at, &b.data, b_map.at, &expert_offsets.data, &index, &out.data,
+        &num_groups, &a_columns, &b_columns, &row_tiles, &column_tiles,
+    ]
+    return launch(space, "grouped_gemm_wgrad", _wgrad[a.dtype, share_a, gather, accumulate], params)
+
+
+cdef int grouped_glu(
+    Space space, Array x, Array w_up, Array expert_offsets, Array row_index, int act, Array z, Array a
+) except -1:
+    cdef int num_groups = <int>w_up.dims[0], num_rows = <int>a.dims[0], depth = <int>x.dims[1]
+    cdef int intermediate = <int>a.dims[1], column_tiles = divided_up(intermediate, SHARED // 2)
+    cdef bint gather = row_index is not None
+    cdef uintptr_t index = address(row_index), kept = address(z)
+    cdef TensorMap x_map, w_map
+    map_matrices(&x_map, x, 1, x.dims[0], depth, OWN)
+    map_matrices(&w_map, w_up, 2 * num_groups, intermediate, depth, SHARED // 2)
+    cdef Parameter[12] params = [
+        &x.data, x_map.at, w_map.at, &expert_offsets.data, &index, &kept, &a.data,
+        &num_groups, &num_rows, &depth, &intermediate, &column_tiles,
+    ]
+    return launch(space, "grouped_glu", _glu[x.dtype, gather, act], params)
+
+
+cdef int grouped_glu_backward(
+    Space space, Array dout, Array w_down, Array expert_offsets, Array row_index, Array row_weights,
+    Array z, int act, Array dz, Array pa, Array parts
+) except -1:
+    cdef int num_groups = <int>w_down.dims[0], num_rows = <int>pa.dims[0], depth = <int>dout.dims[1]
+    cdef int intermediate = <int>pa.dims[1], column_tiles = divided_up(intermediate, PART_COLUMNS)
+    cdef bint gather = row_index is not None
+    cdef uintptr_t index = address(row_index)
+    cdef TensorMap dout_map, w_map
+    map_matrices(&dout_map, dout, 1, dout.dims[0], depth, OWN)
+    map_matrices(&w_map, w_down, num_groups, depth, intermediate, DEPTH)
+    cdef Parameter[15] params = [
+        &dout.data, dout_map.at, w_map.at, &expert_offsets.data, &index, &row_weights.data, &z.data, &dz.data,
+        &pa.data, &parts.data, &num_groups, &num_rows, &depth, &intermediate, &column_tiles,
+    ]
+    return launch(space, "grouped_glu_backward", _glu_backward[dout.dtype, gather, act], params)

@@ -1,0 +1,58 @@
+// The tiles of grouped rows, for blocks that stay and take one tile after the other.
+#pragma once
+
+#include "tile_scheduler.cuh"
+#include "types.cuh"
+#include "warp.cuh"
+
+// Where each group's rows and tiles begin; made once by every block, in shared memory.
+struct TileList {
+    static constexpr int MOST_GROUPS = 1024;
+    int first_row[MOST_GROUPS + 2];  // of each group, of the rows behind the last group, and the end
+    int first_tile[MOST_GROUPS + 2];
+
+    // By the first warp, which the block must wait for. Without offsets all rows are one group.
+    __device__ void fill(const int* offsets, int num_groups, int num_rows, int tile_rows, int column_tiles) {
+        int tiles_before = 0;
+        for (int base = 0; base <= num_groups; base += 32) {
+            const int group = base + threadIdx.x;
+            const auto begin_of = [&](int g) {
+                return g > num_groups ? num_rows : offsets != nullptr ? offsets[g] : g == 0 ? 0 : num_rows;
+            };
+            const int begin = begin_of(group), rows = begin_of(group + 1) - begin;
+            const int tiles = int((uint32(rows) + tile_rows - 1) / tile_rows) * column_tiles;
+            const int through = tiles_before + warp_inclusive_scan(tiles);
+            if (group <= num_groups) {
+                first_row[group] = begin;
+                first_tile[group] = through - tiles;
+            }
+            tiles_before = __shfl_sync(ALL_LANES, through, 31);
+        }
+        if (threadIdx.x == 0) {
+            first_row[num_groups + 1] = num_rows;
+            first_tile[num_groups + 1] = tiles_before;
+        }
+    }
+};
+
+// Finds tiles of a list by rising index.
+template <int ROWS> struct TileWalk {
+    const TileList& list;
+    int num_groups, column_tiles;
+    int group = 0;
+
+    __device__ TileWalk(const TileList& tiles, int groups, int columns)
+        : list(tiles), num_groups(groups), column_tiles(columns) {}
+
+    // The index-th tile; false behind the last one. The rows behind the last group are group num_groups.
+    __device__ __forceinline__ bool find(int index, Tile& tile) {
+        while (index >= list.first_tile[group + 1])
+            if (++group > num_groups) return false;
+        const int begin = list.first_row[group], rows = list.first_row[group + 1] - begin;
+        const int row_tiles = int((uint32(rows) + ROWS - 1) / ROWS);
+        const Place place = place_in_panels(index - list.first_tile[group], row_tiles, column_tiles);
+        const int done = place.row * ROWS;
+        tile = {group, begin + done, min(ROWS, rows - done), place.column};
+        return true;
+    }
+};

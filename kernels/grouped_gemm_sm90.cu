@@ -1,0 +1,693 @@
+// Grouped products of 16-bit matrices on Hopper's tensor cores (sm_90a: wgmma, TMA, clusters).
+//
+// A block's tile is 128 rows by 256 columns, or with SHARE_A 256 by 128. The two blocks of a cluster take tiles that
+// have the 256 in common: that operand ("shared") is fetched once, half by each block, and sent to both. Without that
+// the second-level cache could not keep up. The other operand is the block's own.
+//
+// A block stays and takes one tile after the other. Its first warpgroup keeps a ring of stages filled, 64 deep each,
+// with the copy engine's boxes and with rows gathered by cp.async. The other two warpgroups multiply, every other
+// 64 rows each, and finish the sums in registers. All widths must divide by 8 and all arrays be 16-byte aligned.
+//
+// Defines: X_TYPE (code of types.cuh), SHARE_A=0|1, GATHER (the block's own operand has rows that an index names),
+// and one of
+//   TRANSPOSE_B=0|1 and OUT_TYPE     grouped_gemm
+//   WGRAD, OUT_TYPE, ACCUMULATE=0|1  grouped_gemm_wgrad
+//   GLU and ACTIVATION               grouped_glu
+//   GLU_BACKWARD and ACTIVATION      grouped_glu_backward
+
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+#error "grouped_gemm_sm90.cu is for sm_90a"
+#endif
+
+#include "common/cluster.cuh"
+#include "common/cp_async.cuh"
+#include "common/epilogue.cuh"
+#include "common/mbarrier.cuh"
+#include "common/mma.cuh"
+#include "common/quad.cuh"
+#include "common/tile_walk.cuh"
+#include "common/tma.cuh"
+#include "common/types.cuh"
+#include "common/warpgroup.cuh"
+#include "common/wgmma.cuh"
+
+using X = type_of<X_TYPE>;
+
+constexpr int CLUSTER = 2;              // blocks
+constexpr int OWN = 128, SHARED = 256;  // rows or columns of a block's operands
+constexpr int PART = SHARED / CLUSTER;  // what a block fetches of the shared operand
+constexpr int TILE_ROWS = SHARE_A ? SHARED : OWN, TILE_COLUMNS = SHARE_A ? OWN : SHARED;
+constexpr int CONSUMERS = 2;            // warpgroups that multiply
+constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
+constexpr int BLOCKS = TILE_ROWS / 64 / CONSUMERS;  // of 64 rows, for a warpgroup
+constexpr int DEPTH = 64;               // of a stage along the contraction
+constexpr int OWN_BYTES = OWN * DEPTH * 2, SHARED_BYTES = SHARED * DEPTH * 2;
+constexpr int STAGE_BYTES = OWN_BYTES + SHARED_BYTES;
+constexpr int STAGES = 4;
+// Of the 64K registers, what a fetching thread leaves to a multiplying one.
+constexpr int FETCH_REGISTERS = 72, MULTIPLY_REGISTERS = 216;
+
+// --- shared memory ---
+
+struct Shared {
+    uint64 full[STAGES];   // a stage's operands have come
+    uint64 empty[STAGES];  // both blocks have multiplied them
+    TileList tiles;
+};
+extern __shared__ __align__(1024) unsigned char stages[];
+
+__device__ __forceinline__ Shared& shared() { return *reinterpret_cast<Shared*>(stages + STAGES * STAGE_BYTES); }
+
+// A place in the ring of stages, the same for who fills and who reads.
+struct Ring {
+    int stage = 0;
+    uint32 parity = 0;  // of the pass through the ring
+
+    __device__ __forceinline__ void advance() {
+        stage = (stage + 1) % STAGES;
+        parity ^= stage == 0;
+    }
+    __device__ __forceinline__ uint32 full() const { return shared_address(shared().full + stage); }
+    __device__ __forceinline__ uint32 empty() const { return shared_address(shared().empty + stage); }
+    __device__ __forceinline__ uint32 own() const { return shared_address(stages) + stage * STAGE_BYTES; }
+    __device__ __forceinline__ uint32 common() const { return own() + OWN_BYTES; }
+    // where this block's part of the shared operand goes, in all blocks
+    __device__ __forceinline__ uint32 common_part() const {
+        return common() + cluster_rank() * (SHARED_BYTES / CLUSTER);
+    }
+};
+
+__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+
+// --- fetching, by the threads of the first warpgroup ---
+
+// OWN rows of a matrix that an index names, the contraction contiguous.
+struct GatheredRows {
+    static constexpr int STRIDE = WARPGROUP / 8, COPIES = OWN / STRIDE;
+    const X* rows[COPIES];  // at this thread's 16 bytes of the next step
+    int left;               // contraction from there on
+
+    // Rows from `count` on are some row: what comes of them is not stored.
+    __device__ __forceinline__ void start(const X* matrix, const int* index, int count, int depth) {
+        const int chunk = threadIdx.x % 8;
+        left = depth - chunk * 8;
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) {
+            const int at = threadIdx.x / 8 + STRIDE * i;
+            rows[i] = matrix + int64(at < count ? index[at] : 0) * depth + chunk * 8;
+        }
+    }
+    __device__ __forceinline__ void copy(uint32 to) {
+        const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
+        to += row * SWIZZLE_BYTES + ((chunk ^ row % 8) << 4);
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) {
+            copy16_async(to + i * STRIDE * SWIZZLE_BYTES, rows[i], left > 0);
+            rows[i] += DEPTH;
+        }
+        left -= DEPTH;
+    }
+};
+
+// SIZE columns of a matrix whose rows are the contraction; rows that are missing become zeros. With INDEXED an index
+// names the rows, and is read two steps ahead.
+template <int SIZE, bool INDEXED> struct Columns {
+    static constexpr int CHUNKS = SIZE / 8, STRIDE = WARPGROUP / CHUNKS, COPIES = DEPTH / STRIDE;
+    static constexpr int AHEAD = 2;
+    const X* base;   // at this thread's columns
+    const int* index;
+    int pitch;       // bytes
+    int row, count;  // the first row of the next step, of this thread; 0 rows of columns that do not exist
+    int next[AHEAD][INDEXED ? COPIES : 1];
+
+    __device__ __forceinline__ void start(
+        const X* matrix, int columns, const int* row_index, int first_column, int rows
+    ) {
+        const int column = first_column + int(threadIdx.x) % CHUNKS * 8;
+        base = matrix + column;
+        index = row_index;
+        pitch = columns * int(sizeof(X));
+        row = threadIdx.x / CHUNKS;
+        count = column < columns ? rows : 0;
+        if constexpr (INDEXED)
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i) look_up(next[i], row + i * DEPTH);
+    }
+    __device__ __forceinline__ void look_up(int (&rows)[COPIES], int from) const {
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) rows[i] = from + STRIDE * i < count ? index[from + STRIDE * i] : 0;
+    }
+    __device__ __forceinline__ void copy(uint32 to) {
+        const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
+        to += chunk / 8 * TILE_MAJOR_STRIDE;
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) {
+            const int at = first + STRIDE * i;
+            const bool there = row + STRIDE * i < count;
+            const int from = INDEXED ? next[0][INDEXED ? i : 0] : there ? row + STRIDE * i : 0;
+            copy16_async(
+                to + at * SWIZZLE_BYTES + ((chunk % 8 ^ at % 8) << 4),
+                reinterpret_cast<const char*>(base) + int64(from) * pitch, there
+            );
+        }
+        row += DEPTH;
+        if constexpr (INDEXED) {
+#pragma unroll
+            for (int i = 0; i + 1 < AHEAD; ++i)
+#pragma unroll
+                for (int c = 0; c < COPIES; ++c) next[i][c] = next[i + 1][c];
+            look_up(next[AHEAD - 1], row + (AHEAD - 1) * DEPTH);
+        }
+    }
+};
+
+// Boxes of a matrix: SIZE rows, the contraction contiguous; or SIZE columns of DEPTH rows, 64 columns a box.
+template <int SIZE, bool TILE_MAJOR, class CopyBox>
+__device__ __forceinline__ void copy_boxes(uint32 to, int first, int k, CopyBox copy) {
+    if constexpr (TILE_MAJOR) {
+#pragma unroll
+        for (int i = 0; i < SIZE / 64; ++i) copy(to + i * TILE_MAJOR_STRIDE, first + 64 * i, k);
+    } else {
+        copy(to, k, first);
+    }
+}
+// To this block, or to every block of the cluster.
+template <int SIZE, bool TILE_MAJOR>
+__device__ __forceinline__ void copy_own(uint32 to, const TensorMap& map, int first, int k, int matrix, uint32 full) {
+    copy_boxes<SIZE, TILE_MAJOR>(to, first, k, [&](uint32 at, int x, int y) {
+        copy_box(at, map, x, y, matrix, full);
+    });
+}
+template <int SIZE, bool TILE_MAJOR>
+__device__ __forceinline__ void copy_to_all(
+    uint32 to, const TensorMap& map, int first, int k, int matrix, uint32 full
+) {
+    copy_boxes<SIZE, TILE_MAJOR>(to, first, k, [&](uint32 at, int x, int y) {
+        copy_box_to((1 << CLUSTER) - 1, at, map, x, y, matrix, full);
+    });
+}
+
+// --- multiplying ---
+
+using Sums = float[BLOCKS][TILE_COLUMNS / 8][4];
+
+__device__ __forceinline__ int consumer() { return threadIdx.x / WARPGROUP - 1; }
+// The tile's row where this warpgroup's block m starts.
+__device__ __forceinline__ int block_row(int m) { return 64 * (consumer() + CONSUMERS * m); }
+
+// This warp has read a stage: tells the blocks that fill it.
+__device__ __forceinline__ void release(uint32 empty) {
+    if (lane() < CLUSTER) arrive(empty, lane());
+}
+
+// sums = a b over `steps` stages, at least one.
+template <bool TILE_MAJOR_A, bool TILE_MAJOR_B>
+__device__ __forceinline__ void multiply_tile(Sums& sums, Ring& ring, int steps) {
+    uint32 before = 0;
+    for (int step = 0; step < steps; ++step, ring.advance()) {
+        wait(ring.full(), ring.parity);
+        if (GATHER || TILE_MAJOR_A) publish_to_products();  // cp.async may have written
+        begin_products();
+        const uint64 b = operand_at(SHARE_A ? ring.own() : ring.common());
+#pragma unroll
+        for (int m = 0; m < BLOCKS; ++m) {
+            const uint64 a = operand_at((SHARE_A ? ring.common() : ring.own()) + block_row(m) * DEPTH * 2);
+#pragma unroll
+            for (int k = 0; k < DEPTH / 16; ++k)
+                Multiply<X, TILE_MAJOR_A, TILE_MAJOR_B, TILE_COLUMNS>::run(
+                    sums[m], a + k * SLICE<TILE_MAJOR_A>, b + k * SLICE<TILE_MAJOR_B>, step + k > 0
+                );
+        }
+        commit_products();
+        wait_for_products<1>();
+        if (step > 0) release(before);
+        before = ring.empty();
+    }
+    wait_for_products<0>();
+    release(before);
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m) keep_in_order<TILE_COLUMNS>(sums[m]);
+}
+
+// Leaves a tile, none of whose rows are this warpgroup's, to the others.
+__device__ __forceinline__ void pass_tile(Ring& ring, int steps) {
+    for (int step = 0; step < steps; ++step, ring.advance()) {
+        wait(ring.full(), ring.parity);
+        release(ring.empty());
+    }
+}
+
+// --- finishing ---
+// A thread's sums[m][n][2 half + i] are of row tile_row(m, half) and column 8 n + 2 (lane % 4) + i of the tile. The
+// epilogues take 32 columns at a time.
+
+__device__ __forceinline__ int lane_column() { return lane() % 4 * 8; }
+__device__ __forceinline__ int tile_row(int m, int half) {
+    return block_row(m) + warp() % 4 * 16 + 8 * half + lane() / 4;
+}
+__device__ __forceinline__ void store_packed(X* to, const uint32 (&pairs)[4]) {
+    stream_vector16(reinterpret_cast<uint32*>(to), Vector<uint32, 4>{pairs[0], pairs[1], pairs[2], pairs[3]});
+}
+
+// out points at the tile's first element; so many of its rows and columns exist.
+template <bool ADD, class Out>
+__device__ __forceinline__ void store_tile(const Sums& sums, int rows, int columns, Out* out, int64 pitch) {
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = tile_row(m, half);
+            Out* to = out + row * pitch;
+            if constexpr (sizeof(Out) == 4) {
+#pragma unroll
+                for (int n = 0; n < TILE_COLUMNS / 8; ++n) {
+                    const int column = 8 * n + lane() % 4 * 2;
+                    if (row >= rows || column >= columns) continue;
+                    Vector<float, 2> pair = {sums[m][n][2 * half], sums[m][n][2 * half + 1]};
+                    if constexpr (ADD) {
+                        const Vector<float, 2> old = load_vector<float, 2>(to + column);
+                        pair.at[0] += old.at[0];
+                        pair.at[1] += old.at[1];
+                    }
+                    store_vector(to + column, pair);
+                }
+            } else {
+#pragma unroll
+                for (int n = 0; n < TILE_COLUMNS / 8; n += 4) {
+                    uint32 packed[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        packed[i] = pack2<X>(sums[m][n + i][2 * half], sums[m][n + i][2 * half + 1]);
+                    gather_columns(packed);
+                    const int column = 8 * n + lane_column();
+                    if (row < rows && column < columns) store_packed(to + column, packed);
+                }
+            }
+        }
+}
+
+// Zeros in this warpgroup's part of a tile that has no product.
+template <class Out> __device__ __forceinline__ void clear_tile(Out* out, int rows, int columns, int64 pitch) {
+    constexpr int WIDTH = VECTOR_WIDTH<Out>, CHUNKS = TILE_COLUMNS / WIDTH;
+    for (int m = 0; m < BLOCKS; ++m)
+        for (int i = threadIdx.x % WARPGROUP; i < 64 * CHUNKS; i += WARPGROUP) {
+            const int row = block_row(m) + i / CHUNKS, column = i % CHUNKS * WIDTH;
+            if (row < rows && column < columns) store_vector(out + row * pitch + column, Vector16<Out>{});
+        }
+}
+
+// --- roles ---
+
+// The block's threads part: the first warpgroup does fetch_all(), the others multiply_all(). So many arrivals tell
+// that a stage has come.
+template <class Fetch, class Multiply>
+__device__ __forceinline__ void part(int arrivals, Fetch fetch_all, Multiply multiply_all) {
+    if (threadIdx.x == WARPGROUP) {
+        for (int i = 0; i < STAGES; ++i) {
+            init_barrier(shared_address(shared().full + i), arrivals);
+            init_barrier(shared_address(shared().empty + i), CLUSTER * CONSUMERS * WARPGROUP / 32);
+        }
+        publish_barriers();
+    }
+    sync_cluster();
+    if (threadIdx.x < WARPGROUP) {
+        give_registers<FETCH_REGISTERS>();
+        fetch_all();
+    } else {
+        take_registers<MULTIPLY_REGISTERS>();
+        multiply_all();
+    }
+    sync_cluster();  // a block's shared memory must last until nothing more goes there
+}
+
+// What a stage waits for besides bytes.
+constexpr int COPY_ARRIVALS = 1, GATHER_ARRIVALS = COPY_ARRIVALS + WARPGROUP;
+
+__device__ __forceinline__ int first_tile() { return blockIdx.x / CLUSTER; }
+__device__ __forceinline__ int tile_stride() { return gridDim.x / CLUSTER; }
+
+#if !defined(WGRAD)
+
+// --- products of grouped rows ---
+
+struct Rows {
+    const X* a;            // read if GATHER
+    const TensorMap& map;  // of a, if not
+    const int* offsets;
+    const int* row_index;
+    int num_groups, num_rows, depth, column_tiles;
+
+    __device__ int steps(const Tile& tile) const {
+        return tile.group == num_groups ? 0 : (depth + DEPTH - 1) / DEPTH;
+    }
+};
+
+// The tiles of this block, by rising index.
+struct Walk {
+    TileWalk<CLUSTER * OWN> tiles;
+
+    __device__ Walk(const Rows& rows) : tiles(shared().tiles, rows.num_groups, rows.column_tiles) {}
+
+    // The block's part of the cluster's index-th tile; it may have no rows.
+    __device__ __forceinline__ bool find(int index, Tile& tile) {
+        if (!tiles.find(index, tile)) return false;
+        const int share = tile.count > OWN ? OWN : OWN / 2;
+        const int before = min(int(cluster_rank()) * share, tile.count);
+        tile.first += before;
+        tile.count = min(share, tile.count - before);
+        return true;
+    }
+};
+
+// For every tile: its product, then finish(sums, tile); or clear(tile) for rows that are nobody's. For a step,
+// copy_part(to, tile, k, full) is called in one thread for this block's part of the second operand;
+// look_ahead(tile) in all fetching threads, shortly before the product ends.
+template <bool TILE_MAJOR_B, class CopyPart, class LookAhead, class Finish, class Clear>
+__device__ __forceinline__ void multiply_rows(
+    const Rows& rows, CopyPart copy_part, LookAhead look_ahead, Finish finish, Clear clear
+) {
+    if (threadIdx.x < 32)
+        shared().tiles.fill(rows.offsets, rows.num_groups, rows.num_rows, CLUSTER * OWN, rows.column_tiles);
+    const auto fetch_all = [&] {
+        GatheredRows gathered;
+        Walk walk(rows);
+        Ring ring;
+        Tile tile;
+        for (int index = first_tile(); walk.find(index, tile); index += tile_stride()) {
+            const int steps = rows.steps(tile);
+            if (steps == 0) continue;
+            if (GATHER) gathered.start(rows.a, rows.row_index + tile.first, tile.count, rows.depth);
+            for (int step = 0; step < steps; ++step, ring.advance()) {
+                const int k = step * DEPTH;
+                if (step == max(0, steps - STAGES)) look_ahead(tile);
+                wait(ring.empty(), ring.parity ^ 1);
+                if (threadIdx.x == 0) {
+                    arrive_expecting(ring.full(), SHARED_BYTES + (GATHER ? 0 : OWN_BYTES));
+                    copy_part(ring.common_part(), tile, k, ring.full());
+                    if (!GATHER) copy_own<OWN, false>(ring.own(), rows.map, tile.first, k, 0, ring.full());
+                }
+                if (GATHER) {
+                    gathered.copy(ring.own());
+                    arrive_after_copies(ring.full());
+                }
+            }
+        }
+    };
+    const auto multiply_all = [&] {
+        Walk walk(rows);
+        Ring ring;
+        Tile tile;
+        for (int index = first_tile(); walk.find(index, tile); index += tile_stride()) {
+            const int steps = rows.steps(tile);
+            if (steps == 0) {
+                clear(tile);
+            } else if (block_row(0) >= tile.count) {
+                pass_tile(ring, steps);
+            } else {
+                Sums sums;
+                multiply_tile<false, TILE_MAJOR_B>(sums, ring, steps);
+                finish(sums, tile);
+            }
+        }
+    };
+    part(GATHER ? GATHER_ARRIVALS : COPY_ARRIVALS, fetch_all, multiply_all);
+}
+
+struct Nothing {
+    __device__ __forceinline__ void operator()(const Tile&) const {}
+};
+
+#endif
+
+#if defined(TRANSPOSE_B)
+
+// out[r, n] = sum_k a[row_index[r], k] b[e][n, k]   (TRANSPOSE_B 1)   or   b[e][k, n]   (0)
+extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm(
+    const X* a, const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+    const int* offsets, const int* row_index, type_of<OUT_TYPE>* out,
+    int num_groups, int num_rows, int depth, int columns, int column_tiles
+) {
+    const Rows rows = {a, a_map, offsets, row_index, num_groups, num_rows, depth, column_tiles};
+    const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
+        copy_to_all<PART, !TRANSPOSE_B>(to, b_map, tile.column * SHARED + cluster_rank() * PART, k, tile.group, full);
+    };
+    const auto finish = [&](const Sums& sums, const Tile& tile) {
+        const int first = tile.column * TILE_COLUMNS;
+        store_tile<false>(sums, tile.count, columns - first, out + int64(tile.first) * columns + first, columns);
+    };
+    const auto clear = [&](const Tile& tile) {
+        const int first = tile.column * TILE_COLUMNS;
+        clear_tile(out + int64(tile.first) * columns + first, tile.count, columns - first, columns);
+    };
+    multiply_rows<!TRANSPOSE_B>(rows, copy_part, Nothing(), finish, clear);
+}
+
+#elif defined(GLU)
+
+// A tile's first half are gate columns, the second half the up columns that belong to them.
+constexpr int GATE_COLUMNS = TILE_COLUMNS / 2;
+
+// z[r] = w_up[e] x[row_index[r]], a = act(gate) * up; w_map is of w_up as [2E, I, H]
+extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_glu(
+    const X* x, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
+    const int* offsets, const int* row_index, X* z, X* a,
+    int num_groups, int num_rows, int depth, int intermediate, int column_tiles
+) {
+    const Rows rows = {x, x_map, offsets, row_index, num_groups, num_rows, depth, column_tiles};
+    const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
+        copy_to_all<PART, false>(to, w_map, tile.column * GATE_COLUMNS, k, 2 * tile.group + cluster_rank(), full);
+    };
+    const auto finish = [&](const Sums& sums, const Tile& tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = tile_row(0, half);
+            const int64 at = int64(tile.first) + row;
+#pragma unroll
+            for (int n = 0; n < GATE_COLUMNS / 8; n += 4) {
+                uint32 gates[4], ups[4], products[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float* gate = &sums[0][n + i][2 * half];
+                    const float* up = &sums[0][n + i + GATE_COLUMNS / 8][2 * half];
+                    gates[i] = pack2<X>(gate[0], gate[1]);
+                    ups[i] = pack2<X>(up[0], up[1]);
+                    products[i] = pack2<X>(
+                        activate<true>(ACTIVATION, gate[0]).value * up[0],
+                        activate<true>(ACTIVATION, gate[1]).value * up[1]
+                    );
+                }
+                gather_columns(gates);
+                gather_columns(ups);
+                gather_columns(products);
+                const int column = tile.column * GATE_COLUMNS + 8 * n + lane_column();
+                if (row >= tile.count || column >= intermediate) continue;
+                if (z != nullptr) {
+                    store_packed(z + at * 2 * intermediate + column, gates);
+                    store_packed(z + at * 2 * intermediate + intermediate + column, ups);
+                }
+                store_packed(a + at * intermediate + column, products);
+            }
+        }
+    };
+    const auto clear = [&](const Tile& tile) {
+        const int first = tile.column * GATE_COLUMNS, columns = min(GATE_COLUMNS, intermediate - first);
+        X* z_tile = z + int64(tile.first) * 2 * intermediate + first;
+        if (z != nullptr) {
+            clear_tile(z_tile, tile.count, columns, 2 * intermediate);
+            clear_tile(z_tile + intermediate, tile.count, columns, 2 * intermediate);
+        }
+        clear_tile(a + int64(tile.first) * intermediate + first, tile.count, columns, intermediate);
+    };
+    multiply_rows<false>(rows, copy_part, Nothing(), finish, clear);
+}
+
+#elif defined(GLU_BACKWARD)
+
+// Brings the next 32 columns to the front. An epilogue as long as this one takes them in a loop: code that names
+// every register once does not fit the instruction cache, and costs more than the product.
+constexpr int PIECE_COLUMNS = 32;
+__device__ __forceinline__ void shift_piece(Sums& sums) {
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+        for (int n = 0; n < (TILE_COLUMNS - PIECE_COLUMNS) / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[m][n][i] = sums[m][n + PIECE_COLUMNS / 8][i];
+}
+
+// da'[r] = w_down[e]^T dout[row_index[r]]; from it dz, p*a, and for each tile's columns their part of dp
+extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_glu_backward(
+    const X* dout, const __grid_constant__ TensorMap dout_map, const __grid_constant__ TensorMap w_map,
+    const int* offsets, const int* row_index, const float* row_weights, const X* z, X* dz, X* pa, float* dp_parts,
+    int num_groups, int num_rows, int depth, int intermediate, int column_tiles
+) {
+    const Rows rows = {dout, dout_map, offsets, row_index, num_groups, num_rows, depth, column_tiles};
+    const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
+        copy_to_all<PART, true>(to, w_map, tile.column * SHARED + cluster_rank() * PART, k, tile.group, full);
+    };
+    // the tile's part of z, into the second-level cache while the product is under way
+    const auto look_ahead = [&](const Tile& tile) {
+        constexpr int LINE = 64, LINES = TILE_COLUMNS / LINE;  // elements; of a row
+        for (int i = threadIdx.x; i < tile.count * LINES; i += WARPGROUP) {
+            const int column = tile.column * TILE_COLUMNS + i % LINES * LINE;
+            if (column >= intermediate) continue;
+            const X* from = z + (int64(tile.first) + i / LINES) * 2 * intermediate + column;
+            prefetch(from);
+            prefetch(from + intermediate);
+        }
+    };
+    const auto finish = [&](Sums& sums, const Tile& tile) {
+        struct PieceOfZ {
+            Vector<X, 8> gate, up;
+        };
+        const int first = tile.column * TILE_COLUMNS + lane_column();
+        const auto read = [&](PieceOfZ& out, int half, int column) {
+            const int row = tile_row(0, half);
+            if (row >= tile.count || column >= intermediate) return;
+            const X* from = z + (int64(tile.first) + row) * 2 * intermediate + column;
+            out.gate = load_vector<X, 8>(from);
+            out.up = load_vector<X, 8>(from + intermediate);
+        };
+        float dots[2] = {}, weights[2];
+        PieceOfZ ahead[2] = {};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = tile_row(0, half);
+            read(ahead[half], half, first);
+            weights[half] = row < tile.count ? row_weights[int64(tile.first) + row] : 0.0f;
+        }
+#pragma unroll 1
+        for (int piece = 0; piece < TILE_COLUMNS; piece += PIECE_COLUMNS, shift_piece(sums)) {
+            const int column = first + piece;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const PieceOfZ now = ahead[half];
+                read(ahead[half], half, column + PIECE_COLUMNS);
+                const int row = tile_row(0, half);
+                const int64 at = int64(tile.first) + row;
+                float da[8], gate[8], up[8];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    da[i] = sums[0][i / 2][2 * half + i % 2];
+                    gate[i] = widen(now.gate.at[i]);
+                    up[i] = widen(now.up.at[i]);
+                }
+                gather_columns(da);
+                if (row < tile.count && column < intermediate)
+                    dots[half] += store_glu_gradient(
+                        Streamed(), ACTIVATION, da, weights[half], gate, up, dz + at * 2 * intermediate + column,
+                        pa + at * intermediate + column, intermediate
+                    );
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = tile_row(0, half);
+            dots[half] += __shfl_xor_sync(ALL_LANES, dots[half], 1);
+            dots[half] += __shfl_xor_sync(ALL_LANES, dots[half], 2);
+            if (row < tile.count && lane() % 4 == 0)
+                dp_parts[int64(tile.column) * num_rows + tile.first + row] = dots[half];
+        }
+    };
+    const auto clear = [&](const Tile& tile) {
+        const int first = tile.column * TILE_COLUMNS, columns = intermediate - first;
+        X* dz_tile = dz + int64(tile.first) * 2 * intermediate + first;
+        clear_tile(dz_tile, tile.count, columns, 2 * intermediate);
+        clear_tile(dz_tile + intermediate, tile.count, columns, 2 * intermediate);
+        clear_tile(pa + int64(tile.first) * intermediate + first, tile.count, columns, intermediate);
+        for (int i = threadIdx.x % WARPGROUP; i < tile.count; i += WARPGROUP)
+            dp_parts[int64(tile.column) * num_rows + tile.first + i] = 0;
+    };
+    multiply_rows<true>(rows, copy_part, look_ahead, finish, clear);
+}
+
+#elif defined(WGRAD)
+
+// out[e][m, n] (+)= sum over the rows r of e of a[r, m] b[r, n]; with GATHER the block's own operand, b if SHARE_A
+// and else a, has row index[r] instead
+extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm_wgrad(
+    const X* a, const __grid_constant__ TensorMap a_map, const X* b, const __grid_constant__ TensorMap b_map,
+    const int* offsets, const int* index, type_of<OUT_TYPE>* out,
+    int num_groups, int a_columns, int b_columns, int row_tiles, int column_tiles
+) {
+    struct Part {
+        int group, begin, rows;  // the group's rows: the contraction
+        int first_row, first_column;
+    };
+    const auto find = [&](int at) -> Part {
+        const int group = at / (row_tiles * column_tiles), begin = offsets[group];
+        const int before = cluster_rank() * OWN;  // of the own operand
+        const Place place = place_in_panels(at - group * row_tiles * column_tiles, row_tiles, column_tiles);
+        return {
+            group, begin, offsets[group + 1] - begin,
+            SHARE_A ? place.row * SHARED : place.row * CLUSTER * OWN + before,
+            SHARE_A ? place.column * CLUSTER * OWN + before : place.column * SHARED,
+        };
+    };
+    const int tiles = num_groups * row_tiles * column_tiles;
+    const auto fetch_all = [&] {
+        const X* own = SHARE_A ? b : a;
+        const X* common = SHARE_A ? a : b;
+        const TensorMap& own_map = SHARE_A ? b_map : a_map;
+        const TensorMap& common_map = SHARE_A ? a_map : b_map;
+        const int own_columns = SHARE_A ? b_columns : a_columns, common_columns = SHARE_A ? a_columns : b_columns;
+        Columns<OWN, true> gathered;
+        Ring ring;
+        for (int at = first_tile(); at < tiles; at += tile_stride()) {
+            const Part tile = find(at);
+            const int own_first = SHARE_A ? tile.first_column : tile.first_row;
+            const int common_first = SHARE_A ? tile.first_row : tile.first_column;
+            if (GATHER) gathered.start(own, own_columns, index + tile.begin, own_first, tile.rows);
+            for (int k = 0; k < tile.rows; k += DEPTH, ring.advance()) {
+                // The copy engine would go on into the next group's rows: a last step that is not full is the
+                // threads' affair.
+                const int left = tile.rows - k, row = tile.begin + k;
+                const bool whole = left >= DEPTH;
+                wait(ring.empty(), ring.parity ^ 1);
+                if (threadIdx.x == 0) {
+                    arrive_expecting(ring.full(), whole ? SHARED_BYTES + (GATHER ? 0 : OWN_BYTES) : 0);
+                    if (whole) {
+                        copy_to_all<PART, true>(
+                            ring.common_part(), common_map, common_first + cluster_rank() * PART, row, 0, ring.full()
+                        );
+                        if (!GATHER) copy_own<OWN, true>(ring.own(), own_map, own_first, row, 0, ring.full());
+                    }
+                }
+                if (GATHER) gathered.copy(ring.own());
+                if (!whole) {
+                    Columns<SHARED, false> rest;
+                    rest.start(common + int64(row) * common_columns, common_columns, nullptr, common_first, left);
+                    rest.copy(ring.common());
+                    if (!GATHER) {
+                        Columns<OWN, false> own_rest;
+                        own_rest.start(own + int64(row) * own_columns, own_columns, nullptr, own_first, left);
+                        own_rest.copy(ring.own());
+                    }
+                }
+                arrive_after_copies(ring.full());
+            }
+        }
+    };
+    const auto multiply_all = [&] {
+        Ring ring;
+        for (int at = first_tile(); at < tiles; at += tile_stride()) {
+            const Part tile = find(at);
+            const int steps = (tile.rows + DEPTH - 1) / DEPTH;
+            const int rows = a_columns - tile.first_row, columns = b_columns - tile.first_column;
+            auto* to = out + (int64(tile.group) * a_columns + tile.first_row) * b_columns + tile.first_column;
+            if (steps == 0) {
+                if (!ACCUMULATE) clear_tile(to, rows, columns, b_columns);
+            } else if (block_row(0) >= rows) {
+                pass_tile(ring, steps);
+            } else {
+                Sums sums;
+                multiply_tile<true, true>(sums, ring, steps);
+                store_tile<ACCUMULATE>(sums, rows, columns, to, b_columns);
+            }
+        }
+    };
+    part(GATHER_ARRIVALS, fetch_all, multiply_all);
+}
+
+#endif
