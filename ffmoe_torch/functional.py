@@ -2,17 +2,19 @@
 
 The operators are the boundary to the runtime: each is one call of it, with torch's tensors as they are.
 What surrounds them here is what torch needs to know: shapes for tracing, the gradient, autocast, and which
-transforms cannot work.
+transforms cannot work. Where none of this has a say (``nothing_between``), the runtime is called without the
+operators, which cost more host time than the runtime itself.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ffmoe_core import MoEConfig, MoESaved, moe_backward, moe_forward, routing_layout
+from ffmoe_core import MoEConfig, MoEGrads, MoEResult, MoESaved, moe_backward, moe_forward, routing_layout
 from ffmoe_core.errors import DTypeError, ShapeError, UnsupportedError
 
 # The options of a MoEConfig that travel through an operator, in this order. The widths follow from the
@@ -111,7 +113,7 @@ def fused_moe(
         aux_loss_coeff,
         z_loss_coeff,
     )
-    output, losses, *_ = routed_experts(
+    output, losses, _ = routed_experts(
         as_tokens(x, "x", d_model),
         None if router_input is None else as_tokens(router_input, "router_input", d_model),
         gate_weight,
@@ -120,6 +122,7 @@ def fused_moe(
         expert_bias,
         None if valid_mask is None else as_token_mask(valid_mask, x),
         options,
+        None,
         recompute_activations,
     )
     output = output if x.dim() == 2 else output.reshape(x.shape)
@@ -161,24 +164,69 @@ def routed_experts(
     expert_bias: Tensor | None,
     valid_mask: Tensor | None,
     options: Options,
+    config: MoEConfig | None,
     recompute_activations: bool,
-) -> Outputs:
-    """``ffmoe::moe`` on x [T, H]; activations are kept only where a backward can follow and wants them."""
-    keep_activations = (
-        not recompute_activations
-        and torch.is_grad_enabled()
-        and (x.requires_grad or w_up.requires_grad or w_down.requires_grad or gate_weight.requires_grad)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, losses, routing) of ``ffmoe::moe`` for x [T, H].
+
+    ``config`` is what ``options`` say together with the weights' shapes, None to look it up. Activations are
+    kept only where a backward can follow and wants them.
+    """
+    tensors = (x, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask)
+    recording = torch.is_grad_enabled() and (
+        x.requires_grad
+        or w_up.requires_grad
+        or w_down.requires_grad
+        or gate_weight.requires_grad
+        or (router_input is not None and router_input.requires_grad)
     )
-    arguments = (
-        x, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask, *options, keep_activations
-    )  # fmt: skip
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        outputs: Outputs = _moe(*arguments)
-    else:
-        # past the autograd kernel, which would find nothing to do: inference pays for each dispatch
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = _moe(*arguments)
-    return outputs
+    keep_activations = recording and not recompute_activations
+    if not nothing_between(tensors):
+        output, losses, _, _, routing = _moe(*tensors, *options, keep_activations)
+        return output, losses, routing
+    if config is None:
+        config = _config_for(gate_weight, w_down, options)
+    if recording:
+        output, losses, (routing,) = _apply((config, options, keep_activations), *tensors)
+        return output, losses, routing
+    result = _forward(config, False, *tensors)
+    return result.output, result.losses, result.routing
+
+
+def _dispatch_keys() -> tuple[int, int]:
+    """What the dispatcher puts before and leaves out of every call on this thread."""
+    return (
+        torch._C._dispatch_tls_local_include_set().raw_repr(),
+        torch._C._dispatch_tls_local_exclude_set().raw_repr(),
+    )
+
+
+def _undisturbed() -> frozenset[tuple[int, int]]:
+    with torch.inference_mode():
+        inference = _dispatch_keys()
+    return frozenset((_dispatch_keys(), inference))
+
+
+# As they are on a thread where nobody has switched on anything; this one may be under some mode right now.
+with ThreadPoolExecutor(1) as _fresh:
+    _UNDISTURBED = _fresh.submit(_undisturbed).result()
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def nothing_between(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call on ``tensors``, the first of which is one, needs the runtime and autograd alone.
+
+    No compiler, mode, transform, autocast or tracer is at work on this thread, and the tensors are neither of
+    a subclass nor without memory. All of these see a call only if it is one of an operator.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    x: Any = tensors[0]
+    return (
+        (x.is_cuda or x.is_cpu)
+        and _dispatch_keys() in _UNDISTURBED
+        and _ORDINARY.issuperset(map(type, tensors))
+    )
 
 
 def losses_by_name(losses: Tensor, aux_loss_coeff: float, z_loss_coeff: float) -> dict[str, Tensor]:
@@ -238,7 +286,14 @@ def _config(d_model: int, intermediate: int, num_experts: int, options: Options)
     )
 
 
-def _run_moe(
+def _config_for(gate_weight: Tensor, w_down: Tensor, options: Options) -> MoEConfig:
+    num_experts, d_model = gate_weight.shape
+    return _config(d_model, w_down.shape[2], num_experts, options)
+
+
+def _forward(
+    config: MoEConfig,
+    keep_activations: bool,
     x: Tensor,
     router_input: Tensor | None,
     gate_weight: Tensor,
@@ -246,25 +301,22 @@ def _run_moe(
     w_down: Tensor,
     expert_bias: Tensor | None,
     valid_mask: Tensor | None,
-    *arguments: Any,
-) -> Outputs:
-    num_experts, d_model = gate_weight.shape
-    result = moe_forward(
+) -> MoEResult:
+    return moe_forward(
         x,
         gate_weight,
         w_up,
         w_down,
-        _config(d_model, w_down.shape[2], num_experts, arguments[:-1]),
+        config,
         router_input=router_input,
         expert_bias=expert_bias,
         valid_mask=valid_mask,
-        save_for_backward=arguments[-1],
+        save_for_backward=keep_activations,
     )
-    z = x.new_empty(0) if result.z is None else result.z
-    return result.output, result.losses, result.logits, z, result.routing
 
 
-def _run_moe_backward(
+def _backward(
+    config: MoEConfig,
     grad_output: Tensor,
     grad_losses: Tensor | None,
     x: Tensor,
@@ -275,23 +327,31 @@ def _run_moe_backward(
     logits: Tensor,
     z: Tensor | None,
     routing: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_experts, d_model = gate_weight.shape
-    dx, d_router_input, d_gate_weight, dw_up, dw_down = moe_backward(
+) -> MoEGrads:
+    return moe_backward(
         grad_output,
         MoESaved(logits, z, routing),
         x,
         gate_weight,
         w_up,
         w_down,
-        _config(d_model, w_down.shape[2], num_experts, options),
+        config,
         router_input=router_input,
         grad_losses=grad_losses,
     )
-    if d_router_input is None:
-        d_router_input = x.new_empty(0)
-    return dx, d_router_input, d_gate_weight, dw_up, dw_down
+
+
+def _run_moe(*arguments: Any) -> Outputs:
+    tensors, options, keep_activations = arguments[:7], arguments[7:-1], arguments[-1]
+    result = _forward(_config_for(tensors[2], tensors[4], options), keep_activations, *tensors)
+    z = result.output.new_empty(0) if result.z is None else result.z
+    return result.output, result.losses, result.logits, z, result.routing
+
+
+def _run_moe_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors, options = arguments[:10], arguments[10:]
+    dx, d_router_input, *rest = _backward(_config_for(tensors[4], tensors[6], options), *tensors)
+    return dx, dx.new_empty(0) if d_router_input is None else d_router_input, *rest
 
 
 for _device in ("CPU", "CUDA"):
@@ -357,13 +417,13 @@ def _fake_moe_backward(
 
 class _MoE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rest: Options, *tensors: Tensor | None) -> Outputs:
+    def forward(ctx: Any, rest: tuple[Any, ...], *tensors: Tensor | None) -> Outputs:
         with torch._C._AutoDispatchBelowAutograd():
             outputs: Outputs = _moe(*tensors, *rest)
         *options, keep_activations = rest
         _, _, logits, z, routing = outputs
         ctx.save_for_backward(*tensors[:5], logits, z if keep_activations else None, routing)
-        ctx.options = options
+        ctx.config, ctx.options = None, tuple(options)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logits, z, routing)
         return outputs
@@ -371,20 +431,37 @@ class _MoE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, grad_losses, *_ = grads
-        x, *saved = ctx.saved_tensors
-        gradients = _moe_backward(
-            torch.zeros_like(x) if grad_output is None else grad_output.contiguous(),
-            None if grad_losses is None else grad_losses.contiguous(),
-            x,
-            *saved,
-            *ctx.options,
-        )
+        saved = ctx.saved_tensors
+        grad_output = torch.zeros_like(saved[0]) if grad_output is None else grad_output.contiguous()
+        grad_losses = None if grad_losses is None else grad_losses.contiguous()
+        # with the gradient's own graph (create_graph) the operator is there to refuse a second derivative
+        if not torch.is_grad_enabled() and nothing_between((grad_output, grad_losses, *saved)):
+            config = ctx.config or _config_for(saved[2], saved[4], ctx.options)
+            gradients = _backward(config, grad_output, grad_losses, *saved)
+        else:
+            gradients = _moe_backward(grad_output, grad_losses, *saved, *ctx.options)
         wanted = ctx.needs_input_grad[1:]
         return None, *(g if w else None for g, w in zip(gradients, wanted, strict=False)), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
         raise UnsupportedError("ffmoe has no forward-mode derivative; use reverse mode (backward)")
+
+
+class _StraightMoE(_MoE):
+    """Without the operator, and without its outputs that only backward needs."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: tuple[Any, ...], *tensors: Any) -> Any:
+        ctx.config, ctx.options, keep_activations = rest
+        output, losses, logits, z, routing = _forward(ctx.config, keep_activations, *tensors)
+        ctx.save_for_backward(*tensors[:5], logits, z, routing)
+        ctx.set_materialize_grads(False)
+        return output, losses, (routing,)
+
+
+# Function.apply() is this and, before it, a look at every argument for torch.func's sake.
+_apply = super(torch.autograd.Function, _StraightMoE).apply
 
 
 class _MoEBackward(torch.autograd.Function):

@@ -213,24 +213,27 @@ class MoELayer(nn.Module):
         if router_input is None and routed is not tokens:
             router_input = tokens
 
-        output, losses, _, _, routing = routed_experts(
+        config = self.config
+        buffers = self._buffers
+        output, losses, routing = routed_experts(
             routed,
             router_input,
-            self.gate.weight,
-            self.w_up,
-            self.w_down,
-            self.expert_bias,
+            _parameter(self.gate, "weight"),
+            _parameter(self, "w_up"),
+            _parameter(self, "w_down"),
+            buffers["expert_bias"],
             mask,
             self._options,
-            self.config.recompute_activations,
+            config,
+            config.recompute_activations,
         )
-        statistics = losses.detach()
+        statistics = losses.detach() if losses.requires_grad else losses
         if torch.compiler.is_compiling():
             # inductor's backward fails on a graph that returns a tensor both with and without gradient
             statistics = statistics.clone()
         self._last[:] = [(routing, statistics)]
-        if self.expert_counts is not None and self.training:
-            self.expert_counts += tokens_per_expert(routing, self.num_experts)
+        if buffers["expert_counts"] is not None and self.training:
+            buffers["expert_counts"] += tokens_per_expert(routing, self.num_experts)
 
         output = self._through_latent(output)
         if shared is not None:
@@ -240,7 +243,6 @@ class MoELayer(nn.Module):
             losses = losses.detach()
         if x.dim() != 2:
             output = output.view(x.shape)
-        config = self.config
         return output, losses_by_name(losses, config.aux_loss_coeff, config.z_loss_coeff)
 
     def _through_latent(self, x: Tensor) -> Tensor:
@@ -318,6 +320,12 @@ class MoELayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_last": []}
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    """``getattr(module, name)``, sooner: a module finds its parameters only after all else has failed."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def _check_width(name: str, value: object, low: int) -> None:
