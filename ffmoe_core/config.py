@@ -112,12 +112,10 @@ class MoEConfig:
 
     def capacity(self, num_tokens: int) -> int | None:
         """Most rows an expert may take of ``num_tokens`` tokens, or None where nothing bounds it."""
-        bounds = []
-        if self.capacity_factor is not None:
-            bounds.append(math.ceil(self.capacity_factor * num_tokens * self.top_k / self.num_experts))
-        if self.max_tokens_per_expert is not None:
-            bounds.append(self.max_tokens_per_expert)
-        return min(bounds, default=None)
+        if self.capacity_factor is None:
+            return self.max_tokens_per_expert
+        share = math.ceil(self.capacity_factor * num_tokens * self.top_k / self.num_experts)
+        return share if self.max_tokens_per_expert is None else min(share, self.max_tokens_per_expert)
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None, high_name: str = "") -> None:

@@ -14,8 +14,8 @@ class MoEResult(NamedTuple):
 
     output: Any  # [T, H]
     losses: Any  # [3] router dtype: aux loss, z-loss (each times its coefficient), router entropy in nats
-    logits: Any  # [T, E] router dtype
-    z: Any  # [R, 2I] or None
+    logits: Any  # [T, E] router dtype, or None without save_for_backward
+    z: Any  # [R, 2I] pre-activations, or None where none are kept
     routing: Any  # uint8 [n], see RoutingLayout
 
     @property
@@ -55,7 +55,8 @@ def moe_forward(
     expert_bias : [E] float32, added to the scores for the selection only.
     valid_mask : [T] bool or uint8; tokens with 0 are ignored: no expert, zero output, no part in losses.
         What they hold must be finite all the same.
-    save_for_backward : False when no backward will follow; the result's ``z`` is then None.
+    save_for_backward : False when no backward will follow; the result's ``logits`` and ``z``
+        are then None.
     out : [T, H], dtype of x: where to write the output.
 
     The router computes in float32 (float64 for float64 x), the experts accumulate in float32 (float64).
@@ -92,5 +93,6 @@ def moe_backward(
     grad_losses : [3], router dtype: the gradient of ``result.losses``; the third entry (the entropy, a
         statistic) is ignored. None is zeros.
 
-    Raises what ``moe_forward`` raises for arrays that do not fit.
+    Raises what ``moe_forward`` raises for arrays that do not fit, and UnsupportedError for what a forward
+    call with ``save_for_backward=False`` left.
     """

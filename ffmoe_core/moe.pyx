@@ -14,7 +14,7 @@ import numpy as np
 
 from libc.stdint cimport int64_t
 
-from .arrays cimport FLOAT32, INT32, UINT8, Array, Space, space_of, view
+from .arrays cimport FLOAT32, INT32, UINT8, Array, Space, itemsize, space_of, view
 from .checks cimport (
     check_device,
     check_dtype,
@@ -30,8 +30,8 @@ from .checks cimport (
 from .backend import backend_for
 from .checks import check_config
 from .config import MoEConfig
-from .errors import CapacityError
-from .plan import RoutingPlan, routing_layout
+from .errors import CapacityError, UnsupportedError
+from .plan import routing_layout
 
 cdef dict _FIELD_DTYPES = {"int32": <int>INT32, "float32": <int>FLOAT32, "float64": 1}
 
@@ -49,8 +49,8 @@ class MoEResult(NamedTuple):
 
     output: Any  # [T, H]
     losses: Any  # [3] router dtype: aux loss, z-loss (each times its coefficient), router entropy in nats
-    logits: Any  # [T, E] router dtype
-    z: Any  # [R, 2I] or None
+    logits: Any  # [T, E] router dtype, or None without save_for_backward
+    z: Any  # [R, 2I] pre-activations, or None
     routing: Any  # uint8 [n], see RoutingLayout
 
     @property
@@ -71,16 +71,29 @@ class MoEGrads(NamedTuple):
 cdef class _Routing:
     """The parts of a packed routing block."""
 
-    cdef Array tokens_per_expert
-    cdef object plan
+    cdef Array topk_idx, topk_weights, expert_offsets, row_token, row_weights, token_rows, tokens_per_expert
 
-    def __cinit__(self, Array block, object layout):
-        parts = {
-            name: block.at(field.offset, field.shape, _FIELD_DTYPES[field.dtype])
-            for name, field in layout.fields.items()
-        }
-        self.tokens_per_expert = parts.pop("tokens_per_expert")
-        self.plan = RoutingPlan(**parts)
+    def __cinit__(self, Array block, dict fields):
+        self.topk_idx = _part(block, fields["topk_idx"])
+        self.topk_weights = _part(block, fields["topk_weights"])
+        self.expert_offsets = _part(block, fields["expert_offsets"])
+        self.row_token = _part(block, fields["row_token"])
+        self.row_weights = _part(block, fields["row_weights"])
+        self.token_rows = _part(block, fields["token_rows"])
+        self.tokens_per_expert = _part(block, fields["tokens_per_expert"])
+
+
+cdef Array _part(Array block, field):
+    offset, shape, dtype = field
+    return block.at(offset, shape, _FIELD_DTYPES[dtype])
+
+
+cdef int64_t _padded(int64_t nbytes) noexcept:
+    """Room for ``nbytes`` in an allocation that several arrays share, as an allocation costs host time.
+
+    What follows is as aligned as the allocation itself.
+    """
+    return (nbytes + 255) // 256 * 256
 
 
 cdef class _Inputs:
@@ -176,15 +189,20 @@ def moe_forward(
         output = space.empty((T, H), dtype)
     backend = backend_for(space)
 
-    cdef Array logits = space.empty((T, E), inputs.router_dtype)
-    cdef Array losses = space.empty((3,), inputs.router_dtype)
+    cdef int W = inputs.router_dtype
+    cdef int64_t y_at = _padded(R * I * itemsize(dtype))
+    cdef int64_t logits_at = y_at + _padded(R * H * itemsize(dtype))
+    cdef int64_t end = logits_at if save_for_backward else logits_at + T * E * itemsize(W)
+    cdef Array scratch = space.empty((end,), UINT8)
+    cdef Array a = scratch.at(0, (R, I), dtype), y = scratch.at(y_at, (R, H), dtype)
+    cdef Array logits = space.empty((T, E), W) if save_for_backward else scratch.at(logits_at, (T, E), W)
+    cdef Array losses = space.empty((3,), W)
     cdef Array block = space.empty((inputs.layout.nbytes,), UINT8)
-    cdef _Routing routing = _Routing(block, inputs.layout)
-    plan = routing.plan
+    cdef _Routing routing = _Routing(block, inputs.layout.fields)
     backend.gate_logits(space, inputs.router_input, inputs.gate_weight, logits)
     check_finite(space, logits)
     backend.route(
-        space, config, logits, bias, mask, plan.topk_idx, plan.topk_weights, routing.tokens_per_expert, losses
+        space, config, logits, bias, mask, routing.topk_idx, routing.topk_weights, routing.tokens_per_expert, losses
     )
     capacity = config.capacity(T)
     if capacity is None:
@@ -192,24 +210,21 @@ def moe_forward(
     elif not config.allow_dropped_tokens:
         _check_capacity(space, routing.tokens_per_expert, capacity)
     backend.sort(
-        space, plan.topk_idx, plan.topk_weights, capacity, config.drop_policy,
-        plan.expert_offsets, plan.row_token, plan.row_weights, plan.token_rows,
+        space, routing.topk_idx, routing.topk_weights, capacity, config.drop_policy,
+        routing.expert_offsets, routing.row_token, routing.row_weights, routing.token_rows,
     )
 
     if save_for_backward and not config.recompute_activations:
         z = space.empty((R, 2 * I), dtype)
-    cdef Array a = space.empty((R, I), dtype)
     backend.grouped_glu(
-        space, inputs.x, inputs.w_up, plan.expert_offsets, plan.row_token, config.activation, z, a
+        space, inputs.x, inputs.w_up, routing.expert_offsets, routing.row_token, config.activation, z, a
     )
-    cdef Array y = space.empty((R, H), dtype)
-    backend.grouped_gemm(space, a, inputs.w_down, plan.expert_offsets, None, True, y)
-    a = None  # its memory can serve again before the call ends
-    backend.combine(space, y, plan.token_rows, plan.topk_weights, output)
+    backend.grouped_gemm(space, a, inputs.w_down, routing.expert_offsets, None, True, y)
+    backend.combine(space, y, routing.token_rows, routing.topk_weights, output)
     return MoEResult(
         out if out is not None else space.export(output),
         space.export(losses),
-        space.export(logits),
+        space.export(logits) if save_for_backward else None,
         None if z is None else space.export(z),
         space.export(block),
     )
@@ -236,6 +251,10 @@ def moe_backward(
     cdef Array d_out = view(grad_output, "grad_output")
     check_shape(d_out, "grad_output", "[T, d_model]", T, H)
     check_like(d_out, "grad_output", inputs.x, "x")
+    if saved.logits is None:
+        raise UnsupportedError(
+            "saved.logits is None: the forward call had save_for_backward=False, which keeps nothing for backward"
+        )
     cdef Array logits = view(saved.logits, "saved.logits")
     check_shape(logits, "saved.logits", "[T, num_experts]", T, E)
     check_device(logits, "saved.logits", inputs.x, "x")
@@ -250,11 +269,15 @@ def moe_backward(
         check_shape(d_losses, "grad_losses", "[3]", 3)
         check_device(d_losses, "grad_losses", inputs.x, "x")
         check_dtype(d_losses, "grad_losses", (W,))
-    cdef _Routing routing = _Routing(block, inputs.layout)
-    plan = routing.plan
+    cdef _Routing routing = _Routing(block, inputs.layout.fields)
     backend = backend_for(space)
 
-    cdef Array pa = space.empty((R, I), dtype)
+    # pa and then dx_rows stand in the same place
+    cdef int64_t dp_at = _padded(R * max(I, H) * itemsize(dtype))
+    cdef int64_t d_logits_at = dp_at + _padded(R * itemsize(W))
+    cdef Array scratch = space.empty((d_logits_at + T * E * itemsize(W),), UINT8)
+    cdef Array pa = scratch.at(0, (R, I), dtype), dx_rows = scratch.at(0, (R, H), dtype)
+    cdef Array dp = scratch.at(dp_at, (R,), W), d_logits = scratch.at(d_logits_at, (T, E), W)
     if saved.z is not None:
         z = view(saved.z, "saved.z")
         check_shape(z, "saved.z", "[T * top_k, ffn_dim]", R, 2 * I)
@@ -263,31 +286,26 @@ def moe_backward(
         z = space.empty((R, 2 * I), dtype)
         # pa takes the recomputed activations only to be overwritten by the next stage
         backend.grouped_glu(
-            space, inputs.x, inputs.w_up, plan.expert_offsets, plan.row_token, config.activation, z, pa
+            space, inputs.x, inputs.w_up, routing.expert_offsets, routing.row_token, config.activation, z, pa
         )
     cdef Array dz = space.empty((R, 2 * I), dtype)
-    cdef Array dp = space.empty((R,), W)
     backend.grouped_glu_backward(
-        space, d_out, inputs.w_down, plan.expert_offsets, plan.row_token, plan.row_weights, z,
+        space, d_out, inputs.w_down, routing.expert_offsets, routing.row_token, routing.row_weights, z,
         config.activation, dz, pa, dp,
     )
-    z = None
+    z = None  # memory that is not needed any more can serve again before the call ends
     cdef Array dw_down = space.empty((E, H, I), dtype)
-    backend.grouped_gemm_wgrad(space, d_out, pa, plan.expert_offsets, plan.row_token, None, dw_down)
-    pa = None
+    backend.grouped_gemm_wgrad(space, d_out, pa, routing.expert_offsets, routing.row_token, None, dw_down)
     cdef Array dw_up = space.empty((E, 2 * I, H), dtype)
-    backend.grouped_gemm_wgrad(space, dz, inputs.x, plan.expert_offsets, None, plan.row_token, dw_up)
-    cdef Array dx_rows = space.empty((R, H), dtype)
-    backend.grouped_gemm(space, dz, inputs.w_up, plan.expert_offsets, None, False, dx_rows)
+    backend.grouped_gemm_wgrad(space, dz, inputs.x, routing.expert_offsets, None, routing.row_token, dw_up)
+    backend.grouped_gemm(space, dz, inputs.w_up, routing.expert_offsets, None, False, dx_rows)
     dz = None
     cdef Array dx = space.empty((T, H), dtype)
-    backend.combine(space, dx_rows, plan.token_rows, None, dx)
-    dx_rows = None
+    backend.combine(space, dx_rows, routing.token_rows, None, dx)
 
-    cdef Array d_logits = space.empty((T, E), W)
     backend.route_backward(
-        space, config, logits, plan.topk_idx, plan.topk_weights, routing.tokens_per_expert,
-        plan.token_rows, dp, d_losses, d_logits,
+        space, config, logits, routing.topk_idx, routing.topk_weights, routing.tokens_per_expert,
+        routing.token_rows, dp, d_losses, d_logits,
     )
     cdef Array d_gate = space.empty((E, H), inputs.gate_weight.dtype)
     cdef bint own_input = router_input is None

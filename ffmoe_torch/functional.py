@@ -185,20 +185,21 @@ def routed_experts(
         output, losses, _, _, routing = _moe(*tensors, *options, keep_activations)
         return output, losses, routing
     if config is None:
-        config = _config_for(gate_weight, w_down, options)
+        config = _config_for(gate_weight, w_down, options, not recompute_activations)
     if recording:
-        output, losses, (routing,) = _apply((config, options, keep_activations), *tensors)
+        output, losses, (routing,) = _apply((config, options), *tensors)
         return output, losses, routing
     result = _forward(config, False, *tensors)
     return result.output, result.losses, result.routing
 
 
+_included = torch._C._dispatch_tls_local_include_set
+_excluded = torch._C._dispatch_tls_local_exclude_set
+
+
 def _dispatch_keys() -> tuple[int, int]:
     """What the dispatcher puts before and leaves out of every call on this thread."""
-    return (
-        torch._C._dispatch_tls_local_include_set().raw_repr(),
-        torch._C._dispatch_tls_local_exclude_set().raw_repr(),
-    )
+    return _included().raw_repr(), _excluded().raw_repr()
 
 
 def _undisturbed() -> frozenset[tuple[int, int]]:
@@ -277,23 +278,28 @@ _moe_backward = torch.ops.ffmoe.moe_backward.default
 
 
 @lru_cache(maxsize=256)
-def _config(d_model: int, intermediate: int, num_experts: int, options: Options) -> MoEConfig:
+def _config(
+    d_model: int, intermediate: int, num_experts: int, options: Options, keep_activations: bool
+) -> MoEConfig:
     return MoEConfig(
         d_model=d_model,
         ffn_dim=2 * intermediate,
         num_experts=num_experts,
+        recompute_activations=not keep_activations,
         **dict(zip(_OPTIONS, options, strict=True)),
     )
 
 
-def _config_for(gate_weight: Tensor, w_down: Tensor, options: Options) -> MoEConfig:
+def _config_for(
+    gate_weight: Tensor, w_down: Tensor, options: Options, keep_activations: bool = True
+) -> MoEConfig:
     num_experts, d_model = gate_weight.shape
-    return _config(d_model, w_down.shape[2], num_experts, options)
+    return _config(d_model, w_down.shape[2], num_experts, options, keep_activations)
 
 
 def _forward(
     config: MoEConfig,
-    keep_activations: bool,
+    save_for_backward: bool,
     x: Tensor,
     router_input: Tensor | None,
     gate_weight: Tensor,
@@ -311,7 +317,7 @@ def _forward(
         router_input=router_input,
         expert_bias=expert_bias,
         valid_mask=valid_mask,
-        save_for_backward=keep_activations,
+        save_for_backward=save_for_backward,
     )
 
 
@@ -343,7 +349,8 @@ def _backward(
 
 def _run_moe(*arguments: Any) -> Outputs:
     tensors, options, keep_activations = arguments[:7], arguments[7:-1], arguments[-1]
-    result = _forward(_config_for(tensors[2], tensors[4], options), keep_activations, *tensors)
+    config = _config_for(tensors[2], tensors[4], options, keep_activations)
+    result = _forward(config, True, *tensors)
     z = result.output.new_empty(0) if result.z is None else result.z
     return result.output, result.losses, result.logits, z, result.routing
 
@@ -423,7 +430,7 @@ class _MoE(torch.autograd.Function):
         *options, keep_activations = rest
         _, _, logits, z, routing = outputs
         ctx.save_for_backward(*tensors[:5], logits, z if keep_activations else None, routing)
-        ctx.config, ctx.options = None, tuple(options)
+        ctx.config, ctx.options = None, options
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logits, z, routing)
         return outputs
@@ -435,13 +442,13 @@ class _MoE(torch.autograd.Function):
         grad_output = torch.zeros_like(saved[0]) if grad_output is None else grad_output.contiguous()
         grad_losses = None if grad_losses is None else grad_losses.contiguous()
         # with the gradient's own graph (create_graph) the operator is there to refuse a second derivative
-        if not torch.is_grad_enabled() and nothing_between((grad_output, grad_losses, *saved)):
-            config = ctx.config or _config_for(saved[2], saved[4], ctx.options)
-            gradients = _backward(config, grad_output, grad_losses, *saved)
+        if ctx.config is not None and not torch.is_grad_enabled() and nothing_between((grad_output, *saved)):
+            gradients = _backward(ctx.config, grad_output, grad_losses, *saved)
         else:
+            wanted = ctx.needs_input_grad[1:]
             gradients = _moe_backward(grad_output, grad_losses, *saved, *ctx.options)
-        wanted = ctx.needs_input_grad[1:]
-        return None, *(g if w else None for g, w in zip(gradients, wanted, strict=False)), None, None
+            gradients = [g if w else None for g, w in zip(gradients, wanted, strict=False)]
+        return None, *gradients, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
@@ -453,10 +460,12 @@ class _StraightMoE(_MoE):
 
     @staticmethod
     def forward(ctx: Any, rest: tuple[Any, ...], *tensors: Any) -> Any:
-        ctx.config, ctx.options, keep_activations = rest
-        output, losses, logits, z, routing = _forward(ctx.config, keep_activations, *tensors)
+        ctx.config, ctx.options = rest
+        output, losses, logits, z, routing = _forward(ctx.config, True, *tensors)
         ctx.save_for_backward(*tensors[:5], logits, z, routing)
         ctx.set_materialize_grads(False)
+        if ctx.config.aux_loss_coeff == 0 and ctx.config.z_loss_coeff == 0:
+            ctx.mark_non_differentiable(losses)
         return output, losses, (routing,)
 
 

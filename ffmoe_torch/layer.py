@@ -243,6 +243,8 @@ class MoELayer(nn.Module):
             losses = losses.detach()
         if x.dim() != 2:
             output = output.view(x.shape)
+        if not self._has_losses:
+            return output, {}
         return output, losses_by_name(losses, config.aux_loss_coeff, config.z_loss_coeff)
 
     def _through_latent(self, x: Tensor) -> Tensor:
