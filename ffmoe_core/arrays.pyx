@@ -253,7 +253,11 @@ cdef Array view_exchange(object obj, str name, const DLExchangeAPI* api):
     cdef int i
     cdef int64_t expected = 1
     cdef bint contiguous = True
-    api.tensor_from_object(<PyObject*>obj, &tensor)
+    try:
+        api.tensor_from_object(<PyObject*>obj, &tensor)
+    except (BufferError, RuntimeError) as error:  # on the meta device, for example
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(f"{name} has no memory that can be read here ({reason})") from None
     check_rank(tensor.ndim, name)
     cdef Array array = Array.__new__(Array)
     array.ndim = tensor.ndim

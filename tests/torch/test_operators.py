@@ -1,14 +1,36 @@
 """What torch does with the operators: gradcheck, opcheck, autocast, checkpoints, compilation, transforms."""
 
+import contextlib
+import functools
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 from ffmoe_core.arrays import DType, as_array
-from ffmoe_core.errors import UnsupportedError
-from ffmoe_torch import MoELayer, fused_moe
-from tests.torch.checks import LOSSES, check_layer, close, make_layer, numbers, random_tokens, results, same
+from ffmoe_core.errors import DeviceError, UnsupportedError
+from ffmoe_torch import MoELayer, functional, fused_moe
+from tests.torch.checks import (
+    LOSSES,
+    SIZES,
+    check_layer,
+    close,
+    make_layer,
+    numbers,
+    random_tokens,
+    results,
+    same,
+)
 
 GRADCHECK = {
     "plain": {},
@@ -98,6 +120,123 @@ def test_poison_reaches_the_runtime(device, poisoned):
     _, space = as_array(torch.zeros(1, device=device))
     fresh = space.export(space.empty((1000,), DType.FLOAT32))
     assert fresh.isnan().all()
+
+
+# --- with the operators and without ---
+
+
+class Watch(TorchDispatchMode):
+    """Changes nothing, and remembers the project's operators it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "ffmoe":
+            self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+STRAIGHT = {
+    "plain": {},
+    "losses": LOSSES,
+    "injected": {"aux_mode": "inject", **LOSSES},
+    "lean": {"recompute_activations": True, **LOSSES},
+    "latent": {"latent_dim": 12, "expert_bias": True, "capacity_factor": 1.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", STRAIGHT)
+def test_the_operators_and_the_runtime_alone_give_the_same_bits(device, poisoned, options, dtype):
+    layer = make_layer(device, dtype, **STRAIGHT[options])
+    x = random_tokens(21, device=device, dtype=dtype)
+    with Watch() as watch:
+        want = results(layer, x)
+    assert watch.seen == ["ffmoe::moe", "ffmoe::moe_backward"]
+    assert same(results(layer, x), want)
+    with torch.no_grad(), Watch() as watch:
+        assert torch.equal(layer(x)[0], want[0])
+    assert watch.seen == ["ffmoe::moe"]
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_a_plain_call_does_without_the_operators(device, monkeypatch, mode):
+    def refuse(*arguments):
+        raise AssertionError("an operator was called")
+
+    monkeypatch.setattr(functional, "_moe", refuse)
+    monkeypatch.setattr(functional, "_moe_backward", refuse)
+    layer, x = make_layer(device, **LOSSES), random_tokens(9, device=device)
+    with mode():
+        output, losses = layer(x)
+        fused_moe(x, layer.gate.weight, layer.w_up, layer.w_down, 2)
+    if output.requires_grad:
+        (output.sum() + sum(losses.values())).backward()
+    with pytest.raises(AssertionError), Watch():  # so that this test can fail
+        layer(x)
+
+
+def test_a_mode_of_backward_alone_sees_its_operator(device):
+    layer, x = make_layer(device), random_tokens(9, device=device)
+    want = results(layer, x, losses_too=False)
+    layer.zero_grad()
+    x.grad = None
+    total = layer(x)[0].sin().sum()
+    with Watch() as watch:
+        total.backward()
+    assert watch.seen == ["ffmoe::moe_backward"]
+    assert same([x.grad, *(p.grad for p in layer.parameters())], want[1:])
+
+
+def test_tensors_that_are_not_ordinary(device):
+    class Subclass(torch.Tensor):
+        pass
+
+    layer, x = make_layer(device), random_tokens(9, device=device).detach()
+    assert type(layer(x.as_subclass(Subclass))[0]) is Subclass
+    bare = MoELayer(**SIZES, device="meta")
+    assert bare(x.to("meta"))[0].is_meta
+    with pytest.raises(DeviceError, match="gate_weight has no memory"):
+        bare(x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        output, _ = layer(torch.empty(3, 24, device=device))
+    assert type(output) is FakeTensor
+    assert output.shape == (3, 24)
+
+
+def test_selective_checkpoint_decides_on_the_operator(device):
+    layer, x = make_layer(device), random_tokens(9, device=device)
+    runs = []
+
+    def policy(ctx, operator, *args, **kwargs):
+        if operator.namespace == "ffmoe":
+            runs.append(ctx.is_recompute)
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    want = results(layer, x, losses_too=False)
+    layer.zero_grad()
+    x.grad = None
+    output = checkpoint(lambda x: layer(x)[0].sin(), x, use_reentrant=False, context_fn=contexts)
+    output.sum().backward()
+    assert runs
+    assert same([x.grad, *(p.grad for p in layer.parameters())], want[1:])
+
+
+def test_imported_under_a_mode():
+    """What was switched on at the import is not taken for the ordinary state."""
+    script = """
+import torch
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    from ffmoe_torch import MoELayer
+    layer = MoELayer(8, 8, 2, 1)
+    assert layer(torch.randn(3, 8))[0].dtype == torch.bfloat16
+assert layer(torch.randn(3, 8))[0].dtype == torch.float32
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # --- autocast ---
