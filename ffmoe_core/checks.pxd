@@ -8,6 +8,8 @@ cdef int check_dtype(Array array, str name, tuple allowed) except -1
 cdef int check_floating(Array array, str name) except -1
 cdef int check_like(Array array, str name, Array other, str other_name) except -1
 cdef int check_rows(int64_t num_tokens, int64_t top_k) except -1
+cdef int check_sums(object obj, Array out, str name, Array other, str other_name) except -1
+cdef int check_writable(object obj, str name) except -1
 cdef int check_output(object obj, Array out, str name, Array other, str other_name) except -1
 cdef int router_dtype(Array x) noexcept
 cdef int check_finite(Space space, Array logits) except -1

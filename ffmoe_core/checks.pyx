@@ -65,9 +65,20 @@ cdef int check_rows(int64_t num_tokens, int64_t top_k) except -1:
     return 0
 
 
+cdef int check_sums(object obj, Array out, str name, Array other, str other_name) except -1:
+    """An array for sums of products of ``other``: in its dtype or theirs, and not read-only."""
+    check_device(out, name, other, other_name)
+    check_dtype(out, name, (other.dtype, router_dtype(other)))
+    return check_writable(obj, name)
+
+
 cdef int check_output(object obj, Array out, str name, Array other, str other_name) except -1:
     """An ``out=`` array: like ``other``, and not read-only."""
     check_like(out, name, other, other_name)
+    return check_writable(obj, name)
+
+
+cdef int check_writable(object obj, str name) except -1:
     flags = getattr(obj, "flags", None)
     if flags is not None and not getattr(flags, "writeable", True):
         raise LayoutError(f"{name} is read-only; pass an array that can be written")

@@ -27,8 +27,8 @@ class MoEGrads(NamedTuple):
     x: Any
     router_input: Any  # None where router_input was None (its gradient is in x)
     gate_weight: Any
-    w_up: Any
-    w_down: Any
+    w_up: Any  # None where it was added to w_up_grad
+    w_down: Any  # None where it was added to w_down_grad
 
 def moe_forward(
     x: Any,
@@ -83,6 +83,8 @@ def moe_backward(
     *,
     router_input: Any = None,
     grad_losses: Any = None,
+    w_up_grad: Any = None,
+    w_down_grad: Any = None,
 ) -> MoEGrads:
     """Every gradient of ``moe_forward``, for the same inputs and what it saved.
 
@@ -92,6 +94,8 @@ def moe_backward(
     saved : ``result.saved`` of the forward call. A ``z`` of None is recomputed, with the same bits.
     grad_losses : [3], router dtype: the gradient of ``result.losses``; the third entry (the entropy, a
         statistic) is ignored. None is zeros.
+    w_up_grad, w_down_grad : float32 (float64 for float64 x), shapes of w_up and w_down: the weight's gradient
+        is added to it, unrounded, and the result has None in its place.
 
     Raises what ``moe_forward`` raises for arrays that do not fit, and UnsupportedError for what a forward
     call with ``save_for_backward=False`` left.

@@ -24,6 +24,7 @@ from .checks cimport (
     check_output,
     check_rows,
     check_shape,
+    check_writable,
     router_dtype,
 )
 
@@ -64,8 +65,8 @@ class MoEGrads(NamedTuple):
     x: Any
     router_input: Any  # None where router_input was None (its gradient is in x)
     gate_weight: Any
-    w_up: Any
-    w_down: Any
+    w_up: Any  # None where it was added to w_up_grad
+    w_down: Any  # None where it was added to w_down_grad
 
 
 cdef class _Routing:
@@ -241,6 +242,8 @@ def moe_backward(
     *,
     router_input=None,
     grad_losses=None,
+    w_up_grad=None,
+    w_down_grad=None,
 ):
     """Every gradient of ``moe_forward``. See moe.pyi for shapes, dtypes and errors."""
     cdef _Inputs inputs = _Inputs(x, router_input, gate_weight, w_up, w_down, config)
@@ -270,6 +273,8 @@ def moe_backward(
         check_device(d_losses, "grad_losses", inputs.x, "x")
         check_dtype(d_losses, "grad_losses", (W,))
     cdef _Routing routing = _Routing(block, inputs.layout.fields)
+    cdef Array dw_up = _sums(w_up_grad, "w_up_grad", "[num_experts, ffn_dim, d_model]", inputs.w_up)
+    cdef Array dw_down = _sums(w_down_grad, "w_down_grad", "[num_experts, d_model, ffn_dim // 2]", inputs.w_down)
     backend = backend_for(space)
 
     # pa and then dx_rows stand in the same place
@@ -294,10 +299,16 @@ def moe_backward(
         config.activation, dz, pa, dp,
     )
     z = None  # memory that is not needed any more can serve again before the call ends
-    cdef Array dw_down = space.empty((E, H, I), dtype)
-    backend.grouped_gemm_wgrad(space, d_out, pa, routing.expert_offsets, routing.row_token, None, dw_down)
-    cdef Array dw_up = space.empty((E, 2 * I, H), dtype)
-    backend.grouped_gemm_wgrad(space, dz, inputs.x, routing.expert_offsets, None, routing.row_token, dw_up)
+    if w_down_grad is None:
+        dw_down = space.empty((E, H, I), dtype)
+    backend.grouped_gemm_wgrad(
+        space, d_out, pa, routing.expert_offsets, routing.row_token, None, dw_down, w_down_grad is not None
+    )
+    if w_up_grad is None:
+        dw_up = space.empty((E, 2 * I, H), dtype)
+    backend.grouped_gemm_wgrad(
+        space, dz, inputs.x, routing.expert_offsets, None, routing.row_token, dw_up, w_up_grad is not None
+    )
     backend.grouped_gemm(space, dz, inputs.w_up, routing.expert_offsets, None, False, dx_rows)
     dz = None
     cdef Array dx = space.empty((T, H), dtype)
@@ -317,9 +328,21 @@ def moe_backward(
         space.export(dx),
         None if own_input else space.export(d_router),
         space.export(d_gate),
-        space.export(dw_up),
-        space.export(dw_down),
+        space.export(dw_up) if w_up_grad is None else None,
+        space.export(dw_down) if w_down_grad is None else None,
     )
+
+
+cdef Array _sums(object buffer, str name, str symbols, Array weight):
+    """What a weight's gradient is to be added to, checked; None where it is to be an array of its own."""
+    if buffer is None:
+        return None
+    cdef Array array = view(buffer, name)
+    check_shape(array, name, symbols, weight.dims[0], weight.dims[1], weight.dims[2])
+    check_device(array, name, weight, "x")
+    check_dtype(array, name, (router_dtype(weight),))
+    check_writable(buffer, name)
+    return array
 
 
 def _check_capacity(Space space, Array tokens_per_expert, capacity):

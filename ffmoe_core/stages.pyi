@@ -86,10 +86,15 @@ def grouped_gemm_wgrad(
     a_index: Any = None,
     b_index: Any = None,
     out: Any = None,
+    accumulate: bool = False,
     validate: bool = True,
 ) -> Any:
     """The weight-gradient twin: contracts each group's rows, ``out[e] = sum over r of outer(a[r], b[r])``.
 
     a [rows, M], b [rows, N] of one dtype; a_index, b_index [R] int32: row r reads ``a[a_index[r]]``. The
-    result is [E, M, N]; groups without rows give zeros. See ``grouped_gemm`` for the rest.
+    result is [E, M, N]; groups without rows give zeros. ``out`` may have the dtype of a or float32 (float64
+    for float64), into which the sums go without rounding; ``accumulate=True`` adds them to what ``out`` holds.
+    See ``grouped_gemm`` for the rest.
+
+    Raises ConfigError for ``accumulate=True`` without ``out``.
     """

@@ -16,6 +16,7 @@ from .checks cimport (
     check_output,
     check_rows,
     check_shape,
+    check_sums,
     router_dtype,
 )
 
@@ -163,7 +164,9 @@ def grouped_gemm(a, b, expert_offsets, *, row_index=None, transpose_b=True, out=
     return out if out is not None else space.export(product)
 
 
-def grouped_gemm_wgrad(a, b, expert_offsets, *, a_index=None, b_index=None, out=None, validate=True):
+def grouped_gemm_wgrad(
+    a, b, expert_offsets, *, a_index=None, b_index=None, out=None, accumulate=False, validate=True
+):
     """A product along each group of rows. See stages.pyi for shapes, dtypes and errors."""
     cdef Array left = view(a, "a"), right = view(b, "b"), left_index, right_index
     cdef Array offsets = view(expert_offsets, "expert_offsets")
@@ -181,10 +184,19 @@ def grouped_gemm_wgrad(a, b, expert_offsets, *, a_index=None, b_index=None, out=
         raise ShapeError(f"a has {left_rows} rows but b has {right_rows}; they are contracted, so must agree")
     if validate:
         _check_offset_values(space, offsets, left_rows)
-    cdef Array product = _output(
-        space, out, (offsets.dims[0] - 1, left.dims[1], right.dims[1]), left, "a"
+    cdef int64_t E = offsets.dims[0] - 1, M = left.dims[1], N = right.dims[1]
+    cdef Array product
+    if out is not None:
+        product = view(out, "out")
+        check_shape(product, "out", "[num_experts, M, N]", E, M, N)
+        check_sums(out, product, "out", left, "a")
+    elif accumulate:
+        raise ConfigError("accumulate=True needs out=, the array to add to")
+    else:
+        product = space.empty((E, M, N), left.dtype)
+    backend_for(space).grouped_gemm_wgrad(
+        space, left, right, offsets, left_index, right_index, product, bool(accumulate)
     )
-    backend_for(space).grouped_gemm_wgrad(space, left, right, offsets, left_index, right_index, product)
     return out if out is not None else space.export(product)
 
 

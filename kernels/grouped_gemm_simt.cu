@@ -8,7 +8,7 @@
 //   DENSE, TRANSPOSE_A=0|1, TRANSPOSE_B=0|1   dense_gemm
 //   SUM                                       sum_parts
 //   GEMM, TRANSPOSE_B=0|1                     grouped_gemm
-//   WGRAD                                     grouped_gemm_wgrad
+//   WGRAD, ACCUMULATE=0|1                     grouped_gemm_wgrad
 //   GLU                                       grouped_glu
 //   GLU_BACKWARD                              grouped_glu_backward
 // `vectors` says that every width divides by 4 and every array is aligned to 16 bytes.
@@ -243,6 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped
 
 #elif defined(WGRAD)
 
+// out[e][m, n] (+)= sum over the rows r of e of a[a_index[r], m] b[b_index[r], n]
 extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped_gemm_wgrad(
     const TypeA* a, const TypeB* b, const int* offsets, const int* a_index, const int* b_index, TypeOut* out,
     int a_columns, int b_columns, int row_tiles, int column_tiles, int vectors
@@ -262,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped
     multiply_tile(acc, left, right, 0, depth);
     store_tile(
         acc, a_columns - first_row, b_columns - first_column,
-        out + (int64(group) * a_columns + first_row) * b_columns + first_column, b_columns, vectors, false
+        out + (int64(group) * a_columns + first_row) * b_columns + first_column, b_columns, vectors, ACCUMULATE
     );
 }
 

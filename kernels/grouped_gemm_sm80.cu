@@ -7,10 +7,10 @@
 //
 // Defines: X_TYPE (code of types.cuh); TILE_COLUMNS: 256, for long contractions of wide matrices, or 128, of
 // which two blocks share a multiprocessor and hide each other's start and end. Then one of
-//   TRANSPOSE_B=0|1 and OUT_TYPE   grouped_gemm
-//   WGRAD                          grouped_gemm_wgrad
-//   GLU and ACTIVATION             grouped_glu
-//   GLU_BACKWARD and ACTIVATION    grouped_glu_backward
+//   TRANSPOSE_B=0|1, OUT_TYPE         grouped_gemm
+//   WGRAD, OUT_TYPE, ACCUMULATE=0|1   grouped_gemm_wgrad
+//   GLU, ACTIVATION                   grouped_glu
+//   GLU_BACKWARD, ACTIVATION          grouped_glu_backward
 
 #include "common/cp_async.cuh"
 #include "common/epilogue.cuh"
@@ -237,6 +237,36 @@ __device__ __forceinline__ void store_tile(
     });
 }
 
+// The same, added to what is there.
+template <class Out>
+__device__ __forceinline__ void add_tile(
+    const Accumulators& acc, int rows, int columns, Out* out, int64 pitch
+) {
+    struct Old {
+        float left[8], right[8];
+    };
+    const int column = warp_column() + lane_column();
+    const auto read = [&](int row) {
+        Old old = {};
+        if (row >= rows) return old;
+        const Out* from = out + row * pitch + column;
+        if (column < columns) load_values(old.left, from);
+        if (column + 32 < columns) load_values(old.right, from + 32);
+        return old;
+    };
+    for_each_row(acc, read, [&](int row, const float (&left)[8], const float (&right)[8], Old sum) {
+        if (row >= rows) return;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            sum.left[i] += left[i];
+            sum.right[i] += right[i];
+        }
+        Out* to = out + row * pitch + column;
+        if (column < columns) store_values(sum.left, to);
+        if (column + 32 < columns) store_values(sum.right, to + 32);
+    });
+}
+
 // --- entry points ---
 
 // The rows of the tile that are read: none of those behind the last group.
@@ -289,10 +319,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm(
 
 #elif defined(WGRAD)
 
-// out[e][m, n] = sum over the rows r of e of a[a_index[r], m] b[b_index[r], n]
+// out[e][m, n] (+)= sum over the rows r of e of a[a_index[r], m] b[b_index[r], n]
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm_wgrad(
-    const X* a, const X* b, const int* offsets, const int* a_index, const int* b_index, X* out,
-    int a_columns, int b_columns, int row_tiles, int column_tiles
+    const X* a, const X* b, const int* offsets, const int* a_index, const int* b_index,
+    type_of<OUT_TYPE>* out, int a_columns, int b_columns, int row_tiles, int column_tiles
 ) {
     const Place place = place_in_panels(blockIdx.x, row_tiles, column_tiles);
     const int first_row = place.row * TILE_ROWS, first_column = place.column * TILE_COLUMNS;
@@ -307,10 +337,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm_wgrad
     );
     Accumulators acc = {};
     multiply_tile(acc, left, right, depth);
-    store_tile(
-        acc, a_columns - first_row, b_columns - first_column,
-        out + (int64(group) * a_columns + first_row) * b_columns + first_column, b_columns
-    );
+    type_of<OUT_TYPE>* to = out + (int64(group) * a_columns + first_row) * b_columns + first_column;
+#if ACCUMULATE
+    add_tile(acc, a_columns - first_row, b_columns - first_column, to, b_columns);
+#else
+    store_tile(acc, a_columns - first_row, b_columns - first_column, to, b_columns);
+#endif
 }
 
 #elif defined(GLU)

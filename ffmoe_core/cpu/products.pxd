@@ -164,5 +164,5 @@ cdef int rows_product(
 
 cdef int rows_wgrad(
     Array a, const int32_t* a_index, Array b, const int32_t* b_index, const int32_t* offsets,
-    int64_t num_groups, Array out,
+    int64_t num_groups, Array out, bint accumulate,
 ) except -1

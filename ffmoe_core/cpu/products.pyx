@@ -147,7 +147,7 @@ cdef int rows_product(
     return 0
 
 
-# --- out[g] = sum over the rows r of g of a[r]^T b[r] ---
+# --- out[g] (+)= sum over the rows r of g of a[r]^T b[r] ---
 
 cdef struct Wgrad:
     Operand a
@@ -157,6 +157,7 @@ cdef struct Wgrad:
     int64_t height
     int64_t high_cuts
     int64_t wide_cuts
+    bint accumulate
 
 
 cdef void wgrad_unit(const Wgrad* job, int64_t unit, Worker* worker, real* c) noexcept nogil:
@@ -172,12 +173,14 @@ cdef void wgrad_unit(const Wgrad* job, int64_t unit, Worker* worker, real* c) no
     cdef Operand out = part(&job.out, group, job.height)
     cdef int64_t size = job.offsets[group + 1] - job.offsets[group], i
     if size == 0:
+        if job.accumulate:
+            return
         for i in range(rows):
             memset(element(&out, row + i, column), 0, <size_t>columns * out.itemsize)
         return
     cdef int64_t count = blocks(size, WGRAD_ROWS), index, first, last
     cdef int lda, ldb, ldc = columns
-    cdef real beta = 0
+    cdef real beta = 1 if job.accumulate and out.direct else 0
     cdef real* a_block
     cdef real* b_block
     if out.direct:
@@ -194,16 +197,27 @@ cdef void wgrad_unit(const Wgrad* job, int64_t unit, Worker* worker, real* c) no
         block(&job.b, first, <int>(last - first), column, columns, &worker.b, &b_block, &ldb)
         gemm(True, False, rows, columns, <int>(last - first), a_block, lda, b_block, ldb, beta, c, ldc)
         beta = 1
-    if not out.direct:
-        for i in range(rows):
+    if out.direct:
+        return
+    for i in range(rows):
+        if job.accumulate:
+            # one row past the tile is kept for the sums
+            add_row(
+                out.dtype, columns, c + i * columns, element(&out, row + i, column),
+                c + <int64_t>rows * columns,
+            )
+        else:
             store(out.dtype, columns, c + i * columns, element(&out, row + i, column))
 
 
 cdef int rows_wgrad(
     Array a, const int32_t* a_index, Array b, const int32_t* b_index, const int32_t* offsets,
-    int64_t num_groups, Array out,
+    int64_t num_groups, Array out, bint accumulate,
 ) except -1:
-    """out[g] = sum of a[r]^T b[r] over the rows r of group g; out is [num_groups, a's width, b's width]."""
+    """out[g] (+)= sum of a[r]^T b[r] over the rows r of group g; out is [num_groups, a's width, b's width].
+
+    out has the dtype of a and b or that of their products.
+    """
     cdef bint double_precision = a.dtype == FLOAT64
     cdef Wgrad job
     job.height = a.dims[1]
@@ -211,6 +225,7 @@ cdef int rows_wgrad(
     job.b = operand(b, b_index, b.dims[1], double_precision)
     job.out = operand(out, NULL, b.dims[1], double_precision)
     job.offsets = offsets
+    job.accumulate = accumulate
     cdef int64_t high = min(job.height, <int64_t>WGRAD_SIDE), wide = min(job.out.width, <int64_t>WGRAD_SIDE)
     while (
         num_groups * blocks(job.height, high) * blocks(job.out.width, wide) < ENOUGH_UNITS
@@ -226,7 +241,7 @@ cdef int rows_wgrad(
     cdef Crew workers = crew(
         loaded_bytes(&job.a, WGRAD_ROWS, high),
         loaded_bytes(&job.b, WGRAD_ROWS, wide),
-        0 if job.out.direct else high * wide * width,
+        0 if job.out.direct else (high + 1) * wide * width,
     )
     cdef Worker* worker = workers.workers
     cdef int threads = workers.threads

@@ -52,7 +52,15 @@ cdef dict _gemm = {
     for path, x in PATHS
     for transpose_b in (0, 1)
 }
-cdef dict _wgrad = {(path, x): (*_typed(path, x, x), "WGRAD=1") for path, x in PATHS}
+# by path, dtype, dtype of the result and whether it is added to
+cdef dict _wgrad = {
+    (path, x, out, accumulate): _typed(path, x, out)
+    + (() if path == SIMT else (f"OUT_TYPE={out}",))
+    + ("WGRAD=1", f"ACCUMULATE={accumulate}")
+    for path, x in PATHS
+    for out in {x, <int>FLOAT64 if x == FLOAT64 else <int>FLOAT32}
+    for accumulate in (0, 1)
+}
 cdef dict _glu = {
     (path, x, act): (*_typed(path, x, x), "GLU=1", *(() if path == SIMT else (f"ACTIVATION={act}",)))
     for path, x in PATHS
@@ -174,7 +182,8 @@ def grouped_gemm(
 
 
 def grouped_gemm_wgrad(
-    Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out
+    Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out,
+    bint accumulate,
 ):
     cdef int a_columns = <int>out.dims[1], b_columns = <int>out.dims[2], row_tiles, column_tiles, vectors
     cdef int64_t num_groups = out.dims[0]
@@ -199,7 +208,7 @@ def grouped_gemm_wgrad(
         &a_columns, &b_columns, &row_tiles, &column_tiles, &vectors,
     ]
     launch(
-        space, path, "grouped_gemm_wgrad", _wgrad[path, a.dtype],
+        space, path, "grouped_gemm_wgrad", _wgrad[path, a.dtype, out.dtype, accumulate],
         <int64_t>row_tiles * column_tiles, num_groups, params,
     )
 

@@ -148,7 +148,7 @@ def stage_calls(kind, dtype):
         "grouped_gemm_wgrad": (
             [floats(T, H), floats(R, width), offsets, row_token, None],
             [((E, H, width), dtype)],
-            [],
+            [False],
         ),
         "grouped_glu": (
             [floats(T, H), up, offsets, row_token, "swiglu"],

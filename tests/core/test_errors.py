@@ -305,6 +305,10 @@ def test_wrong_saved(kind, name, what, error):
         ("grad_output", ((T, H), "float64"), errors.DTypeError),
         ("grad_losses", ((2,), "float32"), errors.ShapeError),
         ("grad_losses", ((3,), "float64"), errors.DTypeError),
+        ("w_up_grad", ((E, WIDTH, H), "float32"), errors.ShapeError),
+        ("w_up_grad", ((E, 2 * WIDTH, H), "float64"), errors.DTypeError),
+        ("w_down_grad", ((E, WIDTH, H), "float32"), errors.ShapeError),
+        ("w_down_grad", ((E, H, WIDTH), "bfloat16"), errors.DTypeError),
     ],
     ids=label,
 )
@@ -312,9 +316,9 @@ def test_wrong_gradient(kind, name, what, error):
     arrays = layer_arrays(kind)
     inputs = [arrays[n] for n in ("x", "gate_weight", "w_up", "w_down")]
     saved = moe_forward(*inputs, CONFIG).saved
-    given = {"grad_output": arrays["x"], "grad_losses": None, name: kind.full(what[0], 0, what[1])}
+    given = {"grad_output": arrays["x"], name: kind.full(what[0], 0, what[1])}
     with refused(error, rf"^{name}\b"):
-        moe_backward(given["grad_output"], saved, *inputs, CONFIG, grad_losses=given["grad_losses"])
+        moe_backward(given.pop("grad_output"), saved, *inputs, CONFIG, **given)
 
 
 def test_backward_of_other_tokens(kind):
@@ -426,6 +430,8 @@ WGRAD = {"a": ((6, 3), "float32"), "b": ((6, 5), "float32"), "expert_offsets": (
         (grouped_gemm_wgrad, "a_index", ((6,), "float32"), errors.DTypeError),
         (grouped_gemm_wgrad, "b_index", ((6, 6), "int32"), errors.ShapeError),
         (grouped_gemm_wgrad, "out", ((2, 5, 3), "float32"), errors.ShapeError),
+        (grouped_gemm_wgrad, "out", ((2, 3, 5), "float64"), errors.DTypeError),
+        (grouped_gemm_wgrad, "out", ((2, 3, 5), "bfloat16"), errors.DTypeError),
     ],
     ids=label,
 )
@@ -433,6 +439,12 @@ def test_grouped_products(kind, product, name, what, error):
     given = {**(GEMM if product is grouped_gemm else WGRAD), name: what}
     with refused(error, rf"^{name}\b"):
         product(**{key: kind.full(shape, 0, dtype) for key, (shape, dtype) in given.items()})
+
+
+def test_accumulating_into_nothing(kind):
+    given = {key: kind.full(shape, 0, dtype) for key, (shape, dtype) in WGRAD.items()}
+    with refused(errors.ConfigError, "accumulate=True needs out="):
+        grouped_gemm_wgrad(**given, accumulate=True)
 
 
 def test_row_indices_from_outside(kind):

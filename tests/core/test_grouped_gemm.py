@@ -80,29 +80,34 @@ def test_grouped_gemm_is_exact(kind, group, inner, columns, transpose_b, indexed
     right=widths,
     left_indexed=st.booleans(),
     right_indexed=st.booleans(),
-    given_out=st.booleans(),
+    out_dtype=st.sampled_from(["new", "that of a", "that of sums"]),
+    accumulate=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_wgrad_is_exact(kind, group, left, right, left_indexed, right_indexed, given_out, dtype, seed):
+def test_wgrad_is_exact(kind, group, left, right, left_indexed, right_indexed, out_dtype, accumulate, dtype, seed):
     offsets, rows = group
     rng = np.random.default_rng(seed)
     a_index = rng.integers(0, 9, rows) if left_indexed else None
     b_index = rng.integers(0, 7, rows) if right_indexed else None
     a = whole_numbers(rng, 9 if left_indexed else rows, left)
     b = whole_numbers(rng, 7 if right_indexed else rows, right)
-    out = kind.full((len(offsets) - 1, left, right), np.nan, dtype) if given_out else None
+    given_out, accumulate = out_dtype != "new", accumulate and out_dtype != "new"
+    out_dtype = router_dtype(dtype) if out_dtype == "that of sums" else dtype
+    before = whole_numbers(rng, len(offsets) - 1, left, right)
+    out = kind.array(before if accumulate else np.full_like(before, np.nan, dtype=float), out_dtype)
     got = grouped_gemm_wgrad(
         kind.array(a, dtype),
         kind.array(b, dtype),
         kind.array(offsets, "int32"),
         a_index=None if a_index is None else kind.array(a_index, "int32"),
         b_index=None if b_index is None else kind.array(b_index, "int32"),
-        out=out,
+        out=out if given_out else None,
+        accumulate=accumulate,
     )
     assert (got is out) if given_out else kind.is_kind(got)
-    want = reference.grouped_gemm_wgrad(a, b, offsets, a_index, b_index)
-    assert numbers(kind, got).tolist() == rounded(want, dtype).tolist()
+    want = reference.grouped_gemm_wgrad(a, b, offsets, a_index, b_index) + (before if accumulate else 0)
+    assert numbers(kind, got).tolist() == rounded(want, out_dtype).tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,6 +178,24 @@ def test_wgrad_of_more_than_one_tile(kind, rows, left, right, dtype):
     for e in range(3):
         mine = slice(offsets[e], offsets[e + 1])
         assert (got[e] == rounded(a[mine].T @ b[mine], dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("left", "right"), [(96, 80), (77, 45), (600, 530)])
+def test_wgrad_into_sums(kind, left, right, dtype):
+    """Tensor cores and others: not rounded to the inputs' dtype, and added to what was there."""
+    rng = np.random.default_rng(4)
+    offsets, rows = np.array([0, 130, 130, 200]), 210
+    a, b = (rounded(rng.standard_normal((rows, n)), dtype) for n in (left, right))
+    arrays = [kind.array(a, dtype), kind.array(b, dtype), kind.array(offsets, "int32")]
+    sums = router_dtype(dtype)
+    want = reference.grouped_gemm_wgrad(a, b, offsets)
+    out = kind.full((3, left, right), np.nan, sums)
+    assert grouped_gemm_wgrad(*arrays, out=out) is out
+    assert_rounded_once(numbers(kind, out), want, sums, "sums")
+    once = numbers(kind, out)
+    assert grouped_gemm_wgrad(*arrays, out=out, accumulate=True) is out
+    assert np.array_equal(numbers(kind, out), 2 * once)
 
 
 @st.composite

@@ -11,7 +11,16 @@ from ffmoe_core import MoEConfig, moe_backward, moe_forward
 from ffmoe_core.errors import UnsupportedError
 from tests.core.checks import check_layer, routing_parts, run_layer
 from tests.core.test_routing import router_configs
-from tests.support import DTYPES, assert_close, bits, numbers, random_layer, same_bits
+from tests.support import (
+    DTYPES,
+    assert_close,
+    bits,
+    numbers,
+    random_layer,
+    rounded,
+    router_dtype,
+    same_bits,
+)
 
 BASE = MoEConfig(d_model=24, ffn_dim=32, num_experts=6, top_k=2, aux_loss_coeff=0.01, z_loss_coeff=0.001)
 
@@ -171,6 +180,31 @@ def test_nothing_is_kept_when_no_backward_follows(kind):
         assert bits(kind, getattr(bare, name)) == bits(kind, getattr(kept, name))
     with pytest.raises(UnsupportedError, match="save_for_backward=False"):
         moe_backward(inputs[0], bare.saved, *inputs, BASE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("given", [("w_up", "w_down"), ("w_up",), ("w_down",)], ids=str)
+def test_weight_gradients_added_to_buffers(kind, given, dtype):
+    layer, W = random_layer(BASE, 25, dtype), router_dtype(dtype)
+    inputs = [kind.array(getattr(layer, name), dtype) for name in ("x", "gate_weight", "w_up", "w_down")]
+    d_out = kind.array(layer.grad_output, dtype)
+    saved = moe_forward(*inputs, BASE).saved
+    plain = moe_backward(d_out, saved, *inputs, BASE)
+    sums = {f"{name}_grad": kind.full(getattr(layer, name).shape, 0, W) for name in given}
+    grads = moe_backward(d_out, saved, *inputs, BASE, **sums)
+    for name in grads._fields:
+        if name in given:
+            assert getattr(grads, name) is None
+            once = numbers(kind, sums[f"{name}_grad"])
+            # unrounded: the gradient is what they round to
+            assert np.array_equal(rounded(once, dtype), numbers(kind, getattr(plain, name)))
+            assert dtype == W or not np.array_equal(rounded(once, dtype), once)
+        elif getattr(plain, name) is not None:
+            assert bits(kind, getattr(grads, name)) == bits(kind, getattr(plain, name))
+    before = {name: numbers(kind, array) for name, array in sums.items()}
+    moe_backward(d_out, saved, *inputs, BASE, **sums)
+    for name, array in sums.items():
+        assert np.array_equal(numbers(kind, array), 2 * before[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
