@@ -6,7 +6,7 @@ transforms cannot work. Where none of this has a say (``nothing_between``), the 
 operators, which cost more host time than the runtime itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -36,6 +36,8 @@ _OPTIONS = {
 }
 _OPTIONS_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _OPTIONS.items())
 _WEIGHTS_SCHEMA = "Tensor x, Tensor? router_input, Tensor gate_weight, Tensor w_up, Tensor w_down"
+
+_NO_SUMS: Mapping[str, Tensor] = {}
 
 Options = tuple[Any, ...]
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # output, losses, logits, z, routing
@@ -166,11 +168,13 @@ def routed_experts(
     options: Options,
     config: MoEConfig | None,
     recompute_activations: bool,
+    weight_sums: Mapping[str, Tensor] = _NO_SUMS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output, losses, routing) of ``ffmoe::moe`` for x [T, H].
 
     ``config`` is what ``options`` say together with the weights' shapes, None to look it up. Activations are
-    kept only where a backward can follow and wants them.
+    kept only where a backward can follow and wants them. ``weight_sums`` are the arguments ``w_up_grad`` and
+    ``w_down_grad`` of ``moe_backward``, for those of the weights whose gradients are to go there.
     """
     tensors = (x, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask)
     recording = torch.is_grad_enabled() and (
@@ -182,12 +186,14 @@ def routed_experts(
     )
     keep_activations = recording and not recompute_activations
     if not nothing_between(tensors):
+        if weight_sums:
+            raise _main_grad_unsupported()
         output, losses, _, _, routing = _moe(*tensors, *options, keep_activations)
         return output, losses, routing
     if config is None:
         config = _config_for(gate_weight, w_down, options, not recompute_activations)
     if recording:
-        output, losses, (routing,) = _apply((config, options), *tensors)
+        output, losses, (routing,) = _apply((config, options, weight_sums), *tensors)
         return output, losses, routing
     result = _forward(config, False, *tensors)
     return result.output, result.losses, result.routing
@@ -227,6 +233,14 @@ def nothing_between(tensors: tuple[Tensor | None, ...]) -> bool:
         (x.is_cuda or x.is_cpu)
         and _dispatch_keys() in _UNDISTURBED
         and _ORDINARY.issuperset(map(type, tensors))
+    )
+
+
+def _main_grad_unsupported() -> UnsupportedError:
+    return UnsupportedError(
+        "main_grad=True works in plain eager calls only: not under torch.compile, autocast, torch.func or a "
+        "dispatch mode (selective checkpointing is one), not with create_graph=True, and not for fake tensors "
+        "or subclasses"
     )
 
 
@@ -323,6 +337,7 @@ def _forward(
 
 def _backward(
     config: MoEConfig,
+    weight_sums: Mapping[str, Tensor],
     grad_output: Tensor,
     grad_losses: Tensor | None,
     x: Tensor,
@@ -344,6 +359,7 @@ def _backward(
         config,
         router_input=router_input,
         grad_losses=grad_losses,
+        **weight_sums,
     )
 
 
@@ -357,7 +373,7 @@ def _run_moe(*arguments: Any) -> Outputs:
 
 def _run_moe_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors, options = arguments[:10], arguments[10:]
-    dx, d_router_input, *rest = _backward(_config_for(tensors[4], tensors[6], options), *tensors)
+    dx, d_router_input, *rest = _backward(_config_for(tensors[4], tensors[6], options), _NO_SUMS, *tensors)
     return dx, dx.new_empty(0) if d_router_input is None else d_router_input, *rest
 
 
@@ -430,7 +446,7 @@ class _MoE(torch.autograd.Function):
         *options, keep_activations = rest
         _, _, logits, z, routing = outputs
         ctx.save_for_backward(*tensors[:5], logits, z if keep_activations else None, routing)
-        ctx.config, ctx.options = None, options
+        ctx.config, ctx.options, ctx.weight_sums = None, options, _NO_SUMS
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logits, z, routing)
         return outputs
@@ -443,12 +459,13 @@ class _MoE(torch.autograd.Function):
         grad_losses = None if grad_losses is None else grad_losses.contiguous()
         # with the gradient's own graph (create_graph) the operator is there to refuse a second derivative
         if ctx.config is not None and not torch.is_grad_enabled() and nothing_between((grad_output, *saved)):
-            gradients = _backward(ctx.config, grad_output, grad_losses, *saved)
-        else:
-            wanted = ctx.needs_input_grad[1:]
-            gradients = _moe_backward(grad_output, grad_losses, *saved, *ctx.options)
-            gradients = [g if w else None for g, w in zip(gradients, wanted, strict=False)]
-        return None, *gradients, None, None
+            gradients = _backward(ctx.config, ctx.weight_sums, grad_output, grad_losses, *saved)
+            return None, *gradients, None, None
+        if ctx.weight_sums:
+            raise _main_grad_unsupported()
+        gradients = _moe_backward(grad_output, grad_losses, *saved, *ctx.options)
+        wanted = ctx.needs_input_grad[1:]
+        return None, *(g if w else None for g, w in zip(gradients, wanted, strict=False)), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
@@ -460,7 +477,7 @@ class _StraightMoE(_MoE):
 
     @staticmethod
     def forward(ctx: Any, rest: tuple[Any, ...], *tensors: Any) -> Any:
-        ctx.config, ctx.options = rest
+        ctx.config, ctx.options, ctx.weight_sums = rest
         output, losses, logits, z, routing = _forward(ctx.config, True, *tensors)
         ctx.save_for_backward(*tensors[:5], logits, z, routing)
         ctx.set_materialize_grads(False)

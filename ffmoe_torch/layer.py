@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ffmoe_core import MoEConfig, routing_layout
-from ffmoe_core.errors import ConfigError, DTypeError
+from ffmoe_core.errors import ConfigError, DeviceError, DTypeError, LayoutError, ShapeError
 
 from .functional import (
     InjectLosses,
@@ -57,6 +57,11 @@ class MoELayer(nn.Module):
         element, from torch's generator.
     aux_mode : "return": the losses are to be added to the training loss. "inject": their gradient is added
         in the output's backward, as if they had been, and those returned are for logging.
+    main_grad : backward adds the gradients of ``w_up`` and ``w_down``, unrounded, to the tensors that their
+        attribute ``main_grad`` holds in forward (float32, or float64 for a float64 layer; the parameter's
+        shape), as Megatron's fused gradient accumulation does. Their ``.grad`` stays None. Every backward
+        through the layer adds, also one that is asked for other gradients only. Plain eager calls only:
+        UnsupportedError under torch.compile, autocast and dispatch modes.
     device, dtype : of the parameters. dtype is float32, float64, bfloat16 or float16.
 
     Parameters are ``gate.weight`` [E, H], ``w_up`` [E, 2I, H] (gate rows first), ``w_down`` [E, H, I],
@@ -100,6 +105,7 @@ class MoELayer(nn.Module):
         drop_policy: str = "position",
         jitter: float = 0.0,
         aux_mode: str = "return",
+        main_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -142,6 +148,7 @@ class MoELayer(nn.Module):
         self.latent_dim = latent_dim
         self.jitter = jitter
         self.aux_mode = aux_mode
+        self.main_grad = main_grad
         self._options = options_of(config)
         self._has_losses = aux_loss_coeff > 0 or z_loss_coeff > 0
         self._last = []
@@ -200,7 +207,8 @@ class MoELayer(nn.Module):
 
         Raises ShapeError, DTypeError and DeviceError for input that does not fit, CapacityError as
         ``allow_dropped_tokens`` says, NonFiniteError in checked mode (``FFMOE_CHECK=1``), OutOfMemoryError
-        (the layer stays usable).
+        (the layer stays usable). With ``main_grad=True``: ConfigError, DTypeError, ShapeError, DeviceError and
+        LayoutError for a ``main_grad`` that is missing or does not fit.
         """
         tokens = as_tokens(x, "x", self.d_model)
         mask = None if valid_mask is None else as_token_mask(valid_mask, x)
@@ -215,17 +223,19 @@ class MoELayer(nn.Module):
 
         config = self.config
         buffers = self._buffers
+        w_up, w_down = _parameter(self, "w_up"), _parameter(self, "w_down")
         output, losses, routing = routed_experts(
             routed,
             router_input,
             _parameter(self.gate, "weight"),
-            _parameter(self, "w_up"),
-            _parameter(self, "w_down"),
+            w_up,
+            w_down,
             buffers["expert_bias"],
             mask,
             self._options,
             config,
             config.recompute_activations,
+            _main_grads(w_up=w_up, w_down=w_down) if self.main_grad and torch.is_grad_enabled() else {},
         )
         statistics = losses.detach() if losses.requires_grad else losses
         if torch.compiler.is_compiling():
@@ -307,6 +317,8 @@ class MoELayer(nn.Module):
             options["expert_bias"] = True
         if self.jitter:
             options["jitter"] = self.jitter
+        if self.main_grad:
+            options["main_grad"] = True
         if self.aux_mode != "return":
             options["aux_mode"] = self.aux_mode
         return options
@@ -328,6 +340,33 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
     """``getattr(module, name)``, sooner: a module finds its parameters only after all else has failed."""
     found = module._parameters.get(name)
     return getattr(module, name) if found is None else found
+
+
+def _main_grads(**weights: Tensor) -> dict[str, Tensor]:
+    """The ``main_grad`` of each weight that has a gradient, by moe_backward's name for it."""
+    sums = {}
+    for name, weight in weights.items():
+        if not weight.requires_grad:
+            continue
+        buffer = getattr(weight, "main_grad", None)
+        wanted = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if buffer is None:
+            raise ConfigError(
+                f"{name} has no main_grad; with main_grad=True, give {name}.main_grad a {wanted} tensor of shape "
+                f"{tuple(weight.shape)} before the first forward"
+            )
+        if buffer.dtype != wanted:
+            raise DTypeError(f"{name}.main_grad has dtype {buffer.dtype}; expected {wanted}")
+        if buffer.shape != weight.shape:
+            raise ShapeError(
+                f"{name}.main_grad has shape {tuple(buffer.shape)}; expected that of {name}, {tuple(weight.shape)}"
+            )
+        if buffer.device != weight.device:
+            raise DeviceError(f"{name}.main_grad is on {buffer.device} but {name} is on {weight.device}")
+        if not buffer.is_contiguous():
+            raise LayoutError(f"{name}.main_grad is not contiguous; it is added to in place")
+        sums[f"{name}_grad"] = buffer
+    return sums
 
 
 def _check_width(name: str, value: object, low: int) -> None:

@@ -85,7 +85,9 @@ def test_grouped_gemm_is_exact(kind, group, inner, columns, transpose_b, indexed
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_wgrad_is_exact(kind, group, left, right, left_indexed, right_indexed, out_dtype, accumulate, dtype, seed):
+def test_wgrad_is_exact(
+    kind, group, left, right, left_indexed, right_indexed, out_dtype, accumulate, dtype, seed
+):
     offsets, rows = group
     rng = np.random.default_rng(seed)
     a_index = rng.integers(0, 9, rows) if left_indexed else None
