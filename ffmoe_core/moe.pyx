@@ -8,13 +8,14 @@ The mathematics, with T tokens, R = T*K rows, expert e of row r, weight p_r:
     dW_down[e] = sum dO (p a)^T,  dW_up[e] = sum dz x^T,  dx = sum_k W_up[e]^T dz_k + router
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from libc.stdint cimport int64_t
 
-from .arrays cimport FLOAT32, INT32, UINT8, Array, Space, itemsize, space_of, view
+from .arrays cimport FLOAT32, UINT8, Array, Space, itemsize, space_of, view
 from .checks cimport (
     check_device,
     check_dtype,
@@ -28,13 +29,12 @@ from .checks cimport (
     router_dtype,
 )
 
+from .arrays import DTYPE_NAMES
 from .backend import backend_for
 from .checks import check_config
 from .config import MoEConfig
 from .errors import CapacityError, UnsupportedError
-from .plan import routing_layout
-
-cdef dict _FIELD_DTYPES = {"int32": <int>INT32, "float32": <int>FLOAT32, "float64": 1}
+from .plan import RoutingPlan, routing_layout
 
 
 class MoESaved(NamedTuple):
@@ -74,19 +74,26 @@ cdef class _Routing:
 
     cdef Array topk_idx, topk_weights, expert_offsets, row_token, row_weights, token_rows, tokens_per_expert
 
-    def __cinit__(self, Array block, dict fields):
-        self.topk_idx = _part(block, fields["topk_idx"])
-        self.topk_weights = _part(block, fields["topk_weights"])
-        self.expert_offsets = _part(block, fields["expert_offsets"])
-        self.row_token = _part(block, fields["row_token"])
-        self.row_weights = _part(block, fields["row_weights"])
-        self.token_rows = _part(block, fields["token_rows"])
-        self.tokens_per_expert = _part(block, fields["tokens_per_expert"])
+    def __cinit__(self, Array block, tuple parts):
+        self.topk_idx = _part(block, parts[0])
+        self.topk_weights = _part(block, parts[1])
+        self.expert_offsets = _part(block, parts[2])
+        self.row_token = _part(block, parts[3])
+        self.row_weights = _part(block, parts[4])
+        self.token_rows = _part(block, parts[5])
+        self.tokens_per_expert = _part(block, parts[6])
 
 
-cdef Array _part(Array block, field):
-    offset, shape, dtype = field
-    return block.at(offset, shape, _FIELD_DTYPES[dtype])
+cdef Array _part(Array block, tuple part):
+    return block.at(part[0], part[1], part[2])
+
+
+@lru_cache(maxsize=256)
+def _layout(num_tokens, top_k, num_experts, router_dtype):
+    """A routing block's bytes, and (offset, shape, dtype) of its parts in the order above."""
+    layout = routing_layout(num_tokens, top_k, num_experts, DTYPE_NAMES[router_dtype])
+    fields = [layout.fields[name] for name in (*RoutingPlan._fields, "tokens_per_expert")]
+    return layout.nbytes, tuple([(f.offset, f.shape, DTYPE_NAMES.index(f.dtype)) for f in fields])
 
 
 cdef int64_t _padded(int64_t nbytes) noexcept:
@@ -102,8 +109,9 @@ cdef class _Inputs:
 
     cdef Array x, router_input, gate_weight, w_up, w_down
     cdef Space space
-    cdef object config, layout
-    cdef int64_t num_tokens, num_rows, hidden, intermediate, num_experts, top_k
+    cdef object config
+    cdef tuple routing_parts
+    cdef int64_t routing_bytes, num_tokens, num_rows, hidden, intermediate, num_experts, top_k
     cdef int router_dtype
 
     def __cinit__(self, x, router_input, gate_weight, w_up, w_down, config):
@@ -146,9 +154,8 @@ cdef class _Inputs:
             )
             check_like(self.router_input, "router_input", self.x, "x")
         self.space = space_of(x, self.x)
-        self.layout = routing_layout(
-            self.num_tokens, self.top_k, self.num_experts,
-            "float32" if self.router_dtype == FLOAT32 else "float64",
+        self.routing_bytes, self.routing_parts = _layout(
+            self.num_tokens, self.top_k, self.num_experts, self.router_dtype
         )
 
 
@@ -198,8 +205,8 @@ def moe_forward(
     cdef Array a = scratch.at(0, (R, I), dtype), y = scratch.at(y_at, (R, H), dtype)
     cdef Array logits = space.empty((T, E), W) if save_for_backward else scratch.at(logits_at, (T, E), W)
     cdef Array losses = space.empty((3,), W)
-    cdef Array block = space.empty((inputs.layout.nbytes,), UINT8)
-    cdef _Routing routing = _Routing(block, inputs.layout.fields)
+    cdef Array block = space.empty((inputs.routing_bytes,), UINT8)
+    cdef _Routing routing = _Routing(block, inputs.routing_parts)
     backend.gate_logits(space, inputs.router_input, inputs.gate_weight, logits)
     check_finite(space, logits)
     backend.route(
@@ -263,7 +270,7 @@ def moe_backward(
     check_device(logits, "saved.logits", inputs.x, "x")
     check_dtype(logits, "saved.logits", (W,))
     cdef Array block = view(saved.routing, "saved.routing")
-    check_shape(block, "saved.routing", "[RoutingLayout.nbytes]", inputs.layout.nbytes)
+    check_shape(block, "saved.routing", "[RoutingLayout.nbytes]", inputs.routing_bytes)
     check_device(block, "saved.routing", inputs.x, "x")
     check_dtype(block, "saved.routing", (<int>UINT8,))
     cdef Array d_losses = None, z
@@ -272,7 +279,7 @@ def moe_backward(
         check_shape(d_losses, "grad_losses", "[3]", 3)
         check_device(d_losses, "grad_losses", inputs.x, "x")
         check_dtype(d_losses, "grad_losses", (W,))
-    cdef _Routing routing = _Routing(block, inputs.layout.fields)
+    cdef _Routing routing = _Routing(block, inputs.routing_parts)
     cdef Array dw_up = _sums(w_up_grad, "w_up_grad", "[num_experts, ffn_dim, d_model]", inputs.w_up)
     cdef Array dw_down = _sums(w_down_grad, "w_down_grad", "[num_experts, d_model, ffn_dim // 2]", inputs.w_down)
     backend = backend_for(space)

@@ -227,7 +227,7 @@ class MoELayer(nn.Module):
         output, losses, routing = routed_experts(
             routed,
             router_input,
-            _parameter(self.gate, "weight"),
+            _parameter(self._modules["gate"], "weight"),
             w_up,
             w_down,
             buffers["expert_bias"],
@@ -336,7 +336,7 @@ class MoELayer(nn.Module):
         return self.__dict__ | {"_last": []}
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor:
+def _parameter(module: Any, name: str) -> Tensor:
     """``getattr(module, name)``, sooner: a module finds its parameters only after all else has failed."""
     found = module._parameters.get(name)
     return getattr(module, name) if found is None else found
