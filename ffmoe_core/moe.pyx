@@ -89,9 +89,9 @@ cdef Array _part(Array block, tuple part):
 
 
 @lru_cache(maxsize=256)
-def _layout(num_tokens, top_k, num_experts, router_dtype):
+def _layout(num_tokens, top_k, num_experts, dtype):
     """A routing block's bytes, and (offset, shape, dtype) of its parts in the order above."""
-    layout = routing_layout(num_tokens, top_k, num_experts, DTYPE_NAMES[router_dtype])
+    layout = routing_layout(num_tokens, top_k, num_experts, DTYPE_NAMES[dtype])
     fields = [layout.fields[name] for name in (*RoutingPlan._fields, "tokens_per_expert")]
     return layout.nbytes, tuple([(f.offset, f.shape, DTYPE_NAMES.index(f.dtype)) for f in fields])
 
