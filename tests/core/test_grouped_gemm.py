@@ -182,6 +182,27 @@ def test_wgrad_of_more_than_one_tile(kind, rows, left, right, dtype):
         assert (got[e] == rounded(a[mine].T @ b[mine], dtype)).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("out_dtype", ["float32", "same"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_wgrad_of_wide_tiles(cupy_kind, dtype, out_dtype, accumulate):
+    """Deep and wide enough for the widest tiles of the tensor cores; exact, as above."""
+    rng, rows, left, right = np.random.default_rng(5), 3300, 1024, 1544
+    a, b = whole_numbers(rng, rows, left), whole_numbers(rng, rows, right)
+    before = whole_numbers(rng, 3, left, right)
+    offsets = np.array([0, 1500, 1500, 3290])
+    out_dtype = dtype if out_dtype == "same" else out_dtype
+    out = cupy_kind.array(before, out_dtype)
+    arrays = [cupy_kind.array(a, dtype), cupy_kind.array(b, dtype), cupy_kind.array(offsets, "int32")]
+    grouped_gemm_wgrad(*arrays, out=out, accumulate=accumulate)
+    got = numbers(cupy_kind, out)
+    for e in range(3):
+        mine = slice(offsets[e], offsets[e + 1])
+        want = a[mine].T @ b[mine] + (before[e] if accumulate else 0)
+        assert (got[e] == rounded(want, out_dtype)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("left", "right"), [(96, 80), (77, 45), (600, 530)])
 def test_wgrad_into_sums(kind, left, right, dtype):
