@@ -52,6 +52,7 @@ constexpr int FETCH_REGISTERS = 72, MULTIPLY_REGISTERS = 216;
 struct Shared {
     uint64 full[STAGES];   // a stage's operands have come
     uint64 empty[STAGES];  // both blocks have multiplied them
+    int rows[STAGES][DEPTH];  // of a matrix whose gathered rows are the contraction
     TileList tiles;
 };
 extern __shared__ __align__(1024) unsigned char stages[];
@@ -110,57 +111,83 @@ struct GatheredRows {
     }
 };
 
-// SIZE columns of a matrix whose rows are the contraction; rows that are missing become zeros. With INDEXED an index
-// names the rows, and is read two steps ahead.
-template <int SIZE, bool INDEXED> struct Columns {
-    static constexpr int CHUNKS = SIZE / 8, STRIDE = WARPGROUP / CHUNKS, COPIES = DEPTH / STRIDE;
-    static constexpr int AHEAD = 2;
-    const X* base;   // at this thread's columns
+// From base, `row` rows of `pitch` bytes on.
+__device__ __forceinline__ const X* row_at(const X* base, int row, int pitch) {
+    const X* at;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(row), "r"(pitch), "l"(base));
+    return at;
+}
+
+// OWN columns of a matrix of which an index names the rows that are the contraction; those that are missing become
+// zeros. A warp copies 16 rows of a stage. It has the index of the next stages fetched to shared memory, as it is
+// needed to issue the copies, and waiting for it there would leave the stages empty.
+struct GatheredColumns {
+    static constexpr int CHUNKS = OWN / 8, STRIDE = 32 / CHUNKS, ROWS = DEPTH / (WARPGROUP / 32), COPIES = ROWS / STRIDE;
+    const X* base;  // at this thread's columns
     const int* index;
-    int pitch;       // bytes
-    int row, count;  // the first row of the next step, of this thread; 0 rows of columns that do not exist
-    int next[AHEAD][INDEXED ? COPIES : 1];
+    int pitch;      // bytes
+    int row;        // of the next step, the warp's first
+    int count;      // of rows; 0 where the columns do not exist
 
     __device__ __forceinline__ void start(
-        const X* matrix, int columns, const int* row_index, int first_column, int rows
+        const X* matrix, int columns, const int* row_index, int first_column, int rows, Ring ring
     ) {
-        const int column = first_column + int(threadIdx.x) % CHUNKS * 8;
-        base = matrix + column;
+        const int column = first_column + lane() % CHUNKS * 8;
+        base = matrix + min(column, columns - 8);
         index = row_index;
         pitch = columns * int(sizeof(X));
-        row = threadIdx.x / CHUNKS;
+        row = warp() * ROWS;
         count = column < columns ? rows : 0;
-        if constexpr (INDEXED)
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i) look_up(next[i], row + i * DEPTH);
+        for (int i = 0; i < STAGES; ++i, ring.advance()) look_up(ring.stage, row + i * DEPTH, rows);
+        commit_copies();
+        wait_for_copies<0>();
     }
-    __device__ __forceinline__ void look_up(int (&rows)[COPIES], int from) const {
-#pragma unroll
-        for (int i = 0; i < COPIES; ++i) rows[i] = from + STRIDE * i < count ? index[from + STRIDE * i] : 0;
+    __device__ __forceinline__ void look_up(int stage, int first, int rows) const {
+        const int at = first + lane();
+        if (lane() < ROWS)
+            copy4_async(
+                shared_address(&shared().rows[stage][warp() * ROWS + lane()]), index + min(at, rows - 1), at < rows
+            );
     }
-    __device__ __forceinline__ void copy(uint32 to) {
-        const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
-        to += chunk / 8 * TILE_MAJOR_STRIDE;
+    // rows: of the whole contraction
+    __device__ __forceinline__ void copy(const Ring& ring, int rows) {
+        const int chunk = lane() % CHUNKS, part = lane() / CHUNKS, first = warp() * ROWS + part;
+        const uint32 to = ring.own() + chunk / 8 * TILE_MAJOR_STRIDE;
+        int from[COPIES];
+        wait_for_copies<STAGES - 1>();  // of the step that looked this one's rows up
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) from[i] = shared().rows[ring.stage][first + STRIDE * i];
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) {
             const int at = first + STRIDE * i;
-            const bool there = row + STRIDE * i < count;
-            const int from = INDEXED ? next[0][INDEXED ? i : 0] : there ? row + STRIDE * i : 0;
             copy16_async(
-                to + at * SWIZZLE_BYTES + ((chunk % 8 ^ at % 8) << 4),
-                reinterpret_cast<const char*>(base) + int64(from) * pitch, there
+                to + at * SWIZZLE_BYTES + ((chunk % 8 ^ at % 8) << 4), row_at(base, from[i], pitch),
+                row + part + STRIDE * i < count
             );
         }
+        look_up(ring.stage, row + STAGES * DEPTH, rows);
+        commit_copies();
         row += DEPTH;
-        if constexpr (INDEXED) {
-#pragma unroll
-            for (int i = 0; i + 1 < AHEAD; ++i)
-#pragma unroll
-                for (int c = 0; c < COPIES; ++c) next[i][c] = next[i + 1][c];
-            look_up(next[AHEAD - 1], row + (AHEAD - 1) * DEPTH);
-        }
     }
 };
+
+// SIZE columns of the last rows of a contraction, fewer than DEPTH of them; the missing ones become zeros.
+template <int SIZE>
+__device__ __forceinline__ void copy_last_rows(uint32 to, const X* matrix, int columns, int first_column, int rows) {
+    constexpr int CHUNKS = SIZE / 8, STRIDE = WARPGROUP / CHUNKS;
+    const int chunk = threadIdx.x % CHUNKS, column = first_column + chunk * 8;
+    to += chunk / 8 * TILE_MAJOR_STRIDE;
+#pragma unroll 4
+    for (int at = threadIdx.x / CHUNKS; at < DEPTH; at += STRIDE) {
+        const bool there = at < rows && column < columns;
+        copy16_async(
+            to + at * SWIZZLE_BYTES + ((chunk % 8 ^ at % 8) << 4), matrix + (there ? int64(at) * columns + column : 0),
+            there
+        );
+    }
+}
 
 // Boxes of a matrix: SIZE rows, the contraction contiguous; or SIZE columns of DEPTH rows, 64 columns a box.
 template <int SIZE, bool TILE_MAJOR, class CopyBox>
@@ -259,17 +286,16 @@ __device__ __forceinline__ void store_tile(const Sums& sums, int rows, int colum
         for (int half = 0; half < 2; ++half) {
             const int row = tile_row(m, half);
             Out* to = out + row * pitch;
-            if constexpr (sizeof(Out) == 4) {
+            if constexpr (ADD || sizeof(Out) == 4) {
 #pragma unroll
                 for (int n = 0; n < TILE_COLUMNS / 8; ++n) {
                     const int column = 8 * n + lane() % 4 * 2;
                     if (row >= rows || column >= columns) continue;
-                    Vector<float, 2> pair = {sums[m][n][2 * half], sums[m][n][2 * half + 1]};
-                    if constexpr (ADD) {
-                        const Vector<float, 2> old = load_vector<float, 2>(to + column);
-                        pair.at[0] += old.at[0];
-                        pair.at[1] += old.at[1];
-                    }
+                    const Vector<Out, 2> old = ADD ? load_vector<Out, 2>(to + column) : Vector<Out, 2>{};
+                    Vector<Out, 2> pair;
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        narrow(sums[m][n][2 * half + i] + (ADD ? widen(old.at[i]) : 0.0f), pair.at[i]);
                     store_vector(to + column, pair);
                 }
             } else {
@@ -539,39 +565,40 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     };
     const auto finish = [&](Sums& sums, const Tile& tile) {
         struct PieceOfZ {
-            Vector<X, 8> gate, up;
+            Vector<uint32, 4> gate, up;  // pairs, not to be touched before they are needed
         };
         const int first = tile.column * TILE_COLUMNS + lane_column();
-        const auto read = [&](PieceOfZ& out, int half, int column) {
-            const int row = tile_row(0, half);
-            if (row >= tile.count || column >= intermediate) return;
-            const X* from = z + (int64(tile.first) + row) * 2 * intermediate + column;
-            out.gate = load_vector<X, 8>(from);
-            out.up = load_vector<X, 8>(from + intermediate);
+        // what lies outside is read somewhere inside, as a condition would make the loads wait for each other
+        const auto read = [&](int half, int column) -> PieceOfZ {
+            const int64 row = tile.first + min(tile_row(0, half), tile.count - 1);
+            const auto* from = reinterpret_cast<const uint32*>(
+                z + row * 2 * intermediate + min(column, intermediate - 8)
+            );
+            return {load_vector<uint32, 4>(from), load_vector<uint32, 4>(from + intermediate / 2)};
         };
         float dots[2] = {}, weights[2];
-        PieceOfZ ahead[2] = {};
+        PieceOfZ ahead[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = tile_row(0, half);
-            read(ahead[half], half, first);
-            weights[half] = row < tile.count ? row_weights[int64(tile.first) + row] : 0.0f;
+            ahead[half] = read(half, first);
+            weights[half] = row_weights[tile.first + min(tile_row(0, half), tile.count - 1)];
         }
-#pragma unroll 1
+#pragma unroll 2
         for (int piece = 0; piece < TILE_COLUMNS; piece += PIECE_COLUMNS, shift_piece(sums)) {
             const int column = first + piece;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const PieceOfZ now = ahead[half];
-                read(ahead[half], half, column + PIECE_COLUMNS);
+                ahead[half] = read(half, column + PIECE_COLUMNS);
                 const int row = tile_row(0, half);
                 const int64 at = int64(tile.first) + row;
                 float da[8], gate[8], up[8];
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    da[i] = sums[0][i / 2][2 * half + i % 2];
-                    gate[i] = widen(now.gate.at[i]);
-                    up[i] = widen(now.up.at[i]);
+                for (int i = 0; i < 8; ++i) da[i] = sums[0][i / 2][2 * half + i % 2];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    unpack2<X>(now.gate.at[i], gate[2 * i], gate[2 * i + 1]);
+                    unpack2<X>(now.up.at[i], up[2 * i], up[2 * i + 1]);
                 }
                 gather_columns(da);
                 if (row < tile.count && column < intermediate)
@@ -632,13 +659,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         const TensorMap& own_map = SHARE_A ? b_map : a_map;
         const TensorMap& common_map = SHARE_A ? a_map : b_map;
         const int own_columns = SHARE_A ? b_columns : a_columns, common_columns = SHARE_A ? a_columns : b_columns;
-        Columns<OWN, true> gathered;
+        GatheredColumns gathered;
         Ring ring;
         for (int at = first_tile(); at < tiles; at += tile_stride()) {
             const Part tile = find(at);
             const int own_first = SHARE_A ? tile.first_column : tile.first_row;
             const int common_first = SHARE_A ? tile.first_row : tile.first_column;
-            if (GATHER) gathered.start(own, own_columns, index + tile.begin, own_first, tile.rows);
+            if (GATHER && tile.rows > 0)
+                gathered.start(own, own_columns, index + tile.begin, own_first, tile.rows, ring);
             for (int k = 0; k < tile.rows; k += DEPTH, ring.advance()) {
                 // The copy engine would go on into the next group's rows: a last step that is not full is the
                 // threads' affair.
@@ -654,16 +682,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                         if (!GATHER) copy_own<OWN, true>(ring.own(), own_map, own_first, row, 0, ring.full());
                     }
                 }
-                if (GATHER) gathered.copy(ring.own());
+                if (GATHER) gathered.copy(ring, tile.rows);
                 if (!whole) {
-                    Columns<SHARED, false> rest;
-                    rest.start(common + int64(row) * common_columns, common_columns, nullptr, common_first, left);
-                    rest.copy(ring.common());
-                    if (!GATHER) {
-                        Columns<OWN, false> own_rest;
-                        own_rest.start(own + int64(row) * own_columns, own_columns, nullptr, own_first, left);
-                        own_rest.copy(ring.own());
-                    }
+                    const int64 first = row;
+                    copy_last_rows<SHARED>(
+                        ring.common(), common + first * common_columns, common_columns, common_first, left
+                    );
+                    if (!GATHER)
+                        copy_last_rows<OWN>(ring.own(), own + first * own_columns, own_columns, own_first, left);
                 }
                 arrive_after_copies(ring.full());
             }

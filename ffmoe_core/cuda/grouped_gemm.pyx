@@ -194,7 +194,7 @@ def grouped_gemm_wgrad(
     if (left == 0 or right == 0) and sm90.serves(
         a.dtype, addresses, a_columns | b_columns, num_groups, space.device_id
     ):
-        sm90.grouped_gemm_wgrad(space, a, b, expert_offsets, a_index, b_index, out, False)
+        sm90.grouped_gemm_wgrad(space, a, b, expert_offsets, a_index, b_index, out, accumulate)
         return
     row_tiles = <int>divided_up(a_columns, TILE_ROWS)
     path = choose(

@@ -17,7 +17,8 @@ cdef enum:
     DEPTH = 64
     STAGES = 4
     MOST_GROUPS = 1024
-    SHARED_BYTES = STAGES * (OWN + SHARED) * DEPTH * 2 + STAGES * 2 * 8 + 2 * (MOST_GROUPS + 2) * 4
+    # the stages, then struct Shared: barriers, rows and the list of tiles
+    SHARED_BYTES = STAGES * (OWN + SHARED) * DEPTH * 2 + STAGES * (2 * 8 + DEPTH * 4) + 2 * (MOST_GROUPS + 2) * 4
 
 cdef tuple TYPES = (<int>BFLOAT16, <int>FLOAT16)
 
@@ -32,13 +33,14 @@ cdef dict _gemm = {
     for transpose_b in (0, 1)
 }
 cdef dict _wgrad = {
-    (x, share_a, gather, accumulate): (
-        f"X_TYPE={x}", f"SHARE_A={share_a}", f"GATHER={gather}", "WGRAD=1",
-        f"OUT_TYPE={<int>FLOAT32 if accumulate else x}", f"ACCUMULATE={accumulate}",
+    (x, out, accumulate, share_a, gather): (
+        f"X_TYPE={x}", f"SHARE_A={share_a}", f"GATHER={gather}", "WGRAD=1", f"OUT_TYPE={out}",
+        f"ACCUMULATE={accumulate}",
     )
     for x in TYPES
-    for share_a, gather in ((0, 0), (0, 1), (1, 1))
+    for out in (x, <int>FLOAT32)
     for accumulate in (0, 1)
+    for share_a, gather in ((0, 0), (0, 1), (1, 1))
 }
 cdef dict _glu = {
     (x, gather, act): (f"X_TYPE={x}", "SHARE_A=0", f"GATHER={gather}", "GLU=1", f"ACTIVATION={act}")
@@ -133,7 +135,7 @@ cdef int grouped_gemm_wgrad(
         &a.data, a_map.at, &b.data, b_map.at, &expert_offsets.data, &index, &out.data,
         &num_groups, &a_columns, &b_columns, &row_tiles, &column_tiles,
     ]
-    return launch(space, "grouped_gemm_wgrad", _wgrad[a.dtype, share_a, gather, accumulate], params)
+    return launch(space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params)
 
 
 cdef int grouped_glu(

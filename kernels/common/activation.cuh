@@ -1,9 +1,14 @@
 // The GLU activations and their derivatives, in the accumulator's type.
 #pragma once
 
-// SHORT: the result will be rounded to 16 bits, so a faster exponential will do.
+// SHORT: the result will be rounded to 16 bits, so the fastest exponential and reciprocal will do.
 template <bool SHORT> __device__ __forceinline__ float sigmoid(float x) {
-    return __fdividef(1.0f, 1.0f + (SHORT ? __expf(-x) : expf(-x)));
+    if (!SHORT) return __fdividef(1.0f, 1.0f + expf(-x));
+    constexpr float LOG2_E = 1.4426950408889634f;
+    float power, out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-LOG2_E * x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(1.0f + power));
+    return out;
 }
 template <bool SHORT> __device__ __noinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 
@@ -18,7 +23,8 @@ enum { SWIGLU = 0, GEGLU = 1, RELU_SQUARED = 2 };
 template <bool SHORT, class A> __device__ __forceinline__ Activated<A> activate(int kind, A gate) {
     if (kind == SWIGLU) {
         const A s = sigmoid<SHORT>(gate);
-        return {gate * s, s * (A(1) + gate * (A(1) - s))};
+        const A value = gate * s;
+        return {value, s + value * (A(1) - s)};
     } else if (kind == GEGLU) {
         // 0.5 g (1 + tanh(v)) with v = sqrt(2/pi) (g + 0.044715 g^3), as g sigmoid(2 v): nothing cancels
         const A root = A(1.5957691216057308), cubic = A(0.044715);

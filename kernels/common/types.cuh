@@ -107,3 +107,14 @@ template <> __device__ __forceinline__ uint32 pack2<float16>(float low, float hi
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
     return out;
 }
+
+// And back.
+template <class X> __device__ __forceinline__ void unpack2(uint32 pair, float& low, float& high);
+template <> __device__ __forceinline__ void unpack2<bfloat16>(uint32 pair, float& low, float& high) {
+    low = __uint_as_float(pair << 16);
+    high = __uint_as_float(pair & 0xffff0000u);
+}
+template <> __device__ __forceinline__ void unpack2<float16>(uint32 pair, float& low, float& high) {
+    low = widen(float16{uint16(pair)});
+    high = widen(float16{uint16(pair >> 16)});
+}
