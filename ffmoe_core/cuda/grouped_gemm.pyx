@@ -26,7 +26,6 @@ cdef enum:
     TILE_ROWS = 128
     PART_COLUMNS = 64  # of a row's dot product in grouped_glu_backward
     WIDE_DEPTH = 512   # a shorter contraction does not hide the start and end of a wide tile
-    SPLIT_DEPTH = 256  # least contraction worth a block of its own
     SUM_THREADS = 256
 
 cdef dict ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu_squared": 2}
@@ -72,20 +71,6 @@ cdef dict _glu_backward = {
     for act in ACTIVATIONS.values()
     if path != WIDE
 }
-# The router's three products, for X and gate in X or float32: logits, dx, d_gate_weight.
-cdef dict _dense = {
-    (a, b, out, transpose_a, transpose_b): (
-        f"A_TYPE={a}", f"B_TYPE={b}", f"OUT_TYPE={out}",
-        "DENSE=1", f"TRANSPOSE_A={transpose_a}", f"TRANSPOSE_B={transpose_b}",
-    )
-    for x in ALL_TYPES
-    for w in ((<int>FLOAT64,) if x == FLOAT64 else (<int>FLOAT32,))
-    for gate in (x, w)
-    for a, b, out, transpose_a, transpose_b in ((x, gate, w, 0, 1), (w, gate, x, 0, 0), (w, x, gate, 1, 0))
-}
-cdef dict _dense_tensor = {
-    x: (*_typed(NARROW, x, None), f"OUT_TYPE={<int>FLOAT32}", "TRANSPOSE_B=1") for x in TENSOR_TYPES
-}
 cdef dict _sum = {
     x: (*_typed(SIMT, <int>FLOAT64 if x == FLOAT64 else <int>FLOAT32, x), "SUM=1") for x in ALL_TYPES
 }
@@ -102,9 +87,7 @@ def variants():
         )
         for key, defines in table.items()
     }
-    dense = [(FILES[SIMT], "dense_gemm", defines) for defines in _dense.values()]
-    dense += [(FILES[NARROW], "grouped_gemm", defines) for defines in _dense_tensor.values()]
-    return sorted(grouped) + dense + [(FILES[SIMT], "sum_parts", defines) for defines in _sum.values()]
+    return sorted(grouped) + [(FILES[SIMT], "sum_parts", defines) for defines in _sum.values()]
 
 
 # --- choosing and counting ---
@@ -290,64 +273,4 @@ cdef int sum_parts(Space space, Array parts, Array out, int count, bint accumula
     blocks = min(blocks, 8 * multiprocessor_count(space.device_id))
     return kernel(FILES[SIMT], "sum_parts", _sum[out.dtype], space.device_id, 0).launch(
         <unsigned int>blocks, 1, 1, SUM_THREADS, 0, space.stream, params
-    )
-
-
-# --- the router's products ---
-
-
-cdef int dense_gemm(
-    Space space, Array a, Array b, Array out, bint transpose_a, bint transpose_b, bint accumulate
-) except -1:
-    """out[m, n] (+)= sum_k a(m, k) b(k, n): a is [k, m] if transpose_a, b is [n, k] if transpose_b.
-
-    Types may differ: see ``_dense``.
-    """
-    cdef int rows = <int>out.dims[0], columns = <int>out.dims[1], depth = <int>a.dims[0 if transpose_a else 1]
-    cdef uintptr_t addresses = address(a) | address(b) | address(out)
-    if rows == 0 or columns == 0:
-        return 0
-    if (
-        a.dtype == b.dtype and out.dtype == FLOAT32 and transpose_b and not transpose_a and not accumulate
-        and choose(a.dtype, addresses, depth, columns, 0, 0, 0, space.device_id) == NARROW
-    ):
-        return one_group(space, a, b, out)
-    cdef int column_tiles = <int>divided_up(columns, TILE_COLUMNS[SIMT]), added = accumulate
-    cdef int64_t tiles = divided_up(rows, TILE_ROWS) * column_tiles
-    # a long contraction with few tiles is split until every multiprocessor has work
-    cdef int64_t splits = min(2 * multiprocessor_count(space.device_id) // tiles, depth // SPLIT_DEPTH)
-    splits = max(1, splits)
-    cdef int split_depth = <int>(divided_up(divided_up(depth, splits), 16) * 16)
-    cdef int count = <int>max(1, divided_up(depth, split_depth)) if depth > 0 else 1
-    cdef Array parts = None
-    if count > 1:
-        parts = space.empty((count, rows, columns), FLOAT64 if out.dtype == FLOAT64 else FLOAT32)
-    cdef uintptr_t parts_at = address(parts)
-    cdef int vectors = in_vectors(
-        addresses | parts_at, (rows if transpose_a else depth) | columns, depth if transpose_b else columns
-    )
-    cdef Parameter[11] params = [
-        &a.data, &b.data, &out.data, &parts_at, &rows, &columns, &depth, &split_depth, &column_tiles, &added,
-        &vectors,
-    ]
-    launch(
-        space, SIMT, "dense_gemm", _dense[a.dtype, b.dtype, out.dtype, transpose_a, transpose_b],
-        tiles, count, params,
-    )
-    if count > 1:
-        sum_parts(space, parts, out, count, accumulate)
-    return 0
-
-
-cdef int one_group(Space space, Array a, Array b, Array out) except -1:
-    """out[m, n] = sum_k a[m, k] b[n, k] in float32, on the tensor cores: all rows are one group."""
-    cdef int num_groups = 1, rows = <int>out.dims[0], depth = <int>a.dims[1], columns = <int>out.dims[1]
-    cdef int column_tiles = <int>divided_up(columns, TILE_COLUMNS[NARROW])
-    cdef void* nothing = NULL
-    cdef Parameter[10] params = [
-        &a.data, &b.data, &nothing, &nothing, &out.data, &num_groups, &rows, &depth, &columns, &column_tiles,
-    ]
-    return launch(
-        space, NARROW, "grouped_gemm", _dense_tensor[a.dtype],
-        divided_up(rows, TILE_ROWS) * column_tiles, 1, params,
     )

@@ -3,7 +3,7 @@
 from libc.stdint cimport int32_t, int64_t
 
 from ..arrays cimport FLOAT32, FLOAT64, UINT8, Array, Space, itemsize
-from .grouped_gemm cimport dense_gemm
+from .dense_gemm cimport dense_gemm
 from .launch cimport Parameter, kernel
 
 cdef enum:

@@ -7,6 +7,15 @@ __device__ __forceinline__ uint32 shared_address(const void* p) {
     return uint32(__cvta_generic_to_shared(p));
 }
 
+__device__ __forceinline__ float load_shared(uint32 address) {
+    float out;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(out) : "r"(address));
+    return out;
+}
+__device__ __forceinline__ void load_shared(float (&out)[2], uint32 address) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(out[0]), "=f"(out[1]) : "r"(address));
+}
+
 // Four 8x8 matrices of 16-bit elements; lane 8*i + j gives the address of row j of matrix i.
 __device__ __forceinline__ void load_matrices(uint32 (&out)[4], uint32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ffmoe_core import MoEConfig, route
 from tests import reference
 from tests.core.checks import call_stage, check_selection
-from tests.support import DTYPES, assert_close, numbers, random_layer, router_dtype
+from tests.support import DTYPES, assert_close, numbers, random_layer, rounded, router_dtype
 
 
 @st.composite
@@ -205,6 +205,35 @@ def test_large_logits_neither_overflow_nor_vanish(kind, gating, shift):
     grad_losses = np.array([0.5, 2.0, 9.0])
     got, want = route_backward(kind, config, logits, outputs, grad_losses, rng)
     assert_close(got, want, "float32", "gradient of the logits")
+
+
+@pytest.mark.parametrize("float32_gate", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "num_experts"), [(300, 1032, 136), (40, 2056, 8), (2600, 40, 24), (67, 130, 5)]
+)
+def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts, dtype, float32_gate):
+    """Long and short contractions, several tiles and parts of them, widths that divide by 8 or do not."""
+    W = router_dtype(dtype)
+    gate_dtype = W if float32_gate else dtype
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, dtype):
+        return rounded(rng.standard_normal(shape) * 10.0 ** rng.integers(-3, 1, shape[-1]), dtype)
+
+    x, before = (normal(num_tokens, width, dtype=dtype) for _ in range(2))
+    gate = normal(num_experts, width, dtype=gate_dtype)
+    d_logits = normal(num_tokens, num_experts, dtype=W)
+    inputs = [kind.array(x, dtype), kind.array(gate, gate_dtype)]
+    logits = kind.full((num_tokens, num_experts), np.nan, W)
+    call_stage(kind, "gate_logits", *inputs, logits)
+    assert_close(numbers(kind, logits), x @ gate.T, W, "logits")
+    for accumulate in (False, True):
+        dx = kind.array(before if accumulate else np.full(x.shape, np.nan), dtype)
+        d_gate = kind.full(gate.shape, np.nan, gate_dtype)
+        call_stage(kind, "gate_backward", kind.array(d_logits, W), *inputs, dx, d_gate, accumulate)
+        assert_close(numbers(kind, dx), d_logits @ gate + accumulate * before, dtype, "dx")
+        assert_close(numbers(kind, d_gate), d_logits.T @ x, gate_dtype, "d_gate_weight")
 
 
 def route_backward(kind, config, logits, outputs, grad_losses, rng, valid=None, kept=None, dtype="float32"):

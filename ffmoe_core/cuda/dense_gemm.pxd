@@ -1,0 +1,5 @@
+from ..arrays cimport Array, Space
+
+cdef int dense_gemm(
+    Space space, Array a, Array b, Array out, bint transpose_a, bint transpose_b, bint accumulate
+) except -1

@@ -1,0 +1,84 @@
+"""The router's products on an NVIDIA GPU: logits, their gradient by x, and by the gate's weight.
+
+Matrices whose widths divide by 8 go to the tensor cores (dense_gemm.cu), which are as exact as float32; all
+others, and float64, to grouped_gemm_simt.cu.
+"""
+
+from libc.stdint cimport int64_t, uintptr_t
+
+from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Array, Space, itemsize
+from .grouped_gemm cimport address, divided_up, in_vectors, sum_parts
+from .launch cimport Parameter, kernel, multiprocessor_count
+
+cdef enum:
+    TILE = 128
+    THREADS = 256
+    DEPTH = 32  # of a stage of dense_gemm.cu
+    SPLIT_DEPTH = 256  # least contraction worth a block of its own
+
+cdef tuple ALL_TYPES = (<int>FLOAT32, <int>FLOAT64, <int>BFLOAT16, <int>FLOAT16)
+
+# Products of X and the gate's weight, in X or float32.
+cdef dict _defines = {
+    (a, b, out, transpose_a, transpose_b): (
+        f"A_TYPE={a}", f"B_TYPE={b}", f"OUT_TYPE={out}",
+        f"TRANSPOSE_A={transpose_a}", f"TRANSPOSE_B={transpose_b}",
+    )
+    for x in ALL_TYPES
+    for w in ((<int>FLOAT64,) if x == FLOAT64 else (<int>FLOAT32,))
+    for gate in (x, w)
+    for a, b, out, transpose_a, transpose_b in ((x, gate, w, 0, 1), (w, gate, x, 0, 0), (w, x, gate, 1, 0))
+}
+cdef dict _simt_defines = {key: ("DENSE=1", *defines) for key, defines in _defines.items()}
+
+
+def variants():
+    """Every (file, entry, defines) that this module can launch."""
+    tensor = [("dense_gemm.cu", "dense_gemm", defines) for key, defines in _defines.items() if FLOAT64 not in key]
+    return tensor + [("grouped_gemm_simt.cu", "dense_gemm", defines) for defines in _simt_defines.values()]
+
+
+cdef int dense_gemm(
+    Space space, Array a, Array b, Array out, bint transpose_a, bint transpose_b, bint accumulate
+) except -1:
+    """out[m, n] (+)= sum_k a(m, k) b(k, n): a is [k, m] if transpose_a, b is [n, k] if transpose_b.
+
+    Types may differ: see ``_defines``.
+    """
+    cdef int rows = <int>out.dims[0], columns = <int>out.dims[1], depth = <int>a.dims[0 if transpose_a else 1]
+    cdef int64_t width_a = a.dims[1], width_b = b.dims[1]
+    cdef uintptr_t addresses = address(a) | address(b) | address(out)
+    cdef tuple key = (a.dtype, b.dtype, out.dtype, transpose_a, transpose_b)
+    if rows == 0 or columns == 0:
+        return 0
+    cdef int column_tiles = <int>divided_up(columns, TILE), added = accumulate
+    cdef int64_t tiles = divided_up(rows, TILE) * column_tiles
+    cdef int64_t splits = 1, processors = multiprocessor_count(space.device_id)
+    # a long contraction with few tiles is split until every multiprocessor has work
+    if 2 * tiles <= processors:
+        splits = max(1, min(2 * processors // tiles, depth // SPLIT_DEPTH))
+    cdef int split_depth = <int>(divided_up(divided_up(depth, splits), DEPTH) * DEPTH)
+    cdef int count = <int>divided_up(depth, split_depth) if depth > 0 else 1
+    cdef Array parts = None
+    if count > 1:
+        parts = space.empty((count, rows, columns), FLOAT64 if out.dtype == FLOAT64 else FLOAT32)
+    cdef uintptr_t parts_at = address(parts)
+    cdef int vectors = in_vectors(addresses | parts_at, width_a | width_b, columns)
+    # the last is of SIMT only
+    cdef Parameter[11] params = [
+        &a.data, &b.data, &out.data, &parts_at, &rows, &columns, &depth, &split_depth, &column_tiles, &added,
+        &vectors,
+    ]
+    cdef bint tensor = (
+        out.dtype != FLOAT64 and (width_a | width_b | columns) % 8 == 0 and (addresses | parts_at) % 16 == 0
+    )
+    # two operands of four bytes have a stage less
+    cdef int64_t width = itemsize(a.dtype) + itemsize(b.dtype)
+    cdef unsigned int shared = <unsigned int>((3 if width == 8 else 4) * width * TILE * DEPTH) if tensor else 0
+    kernel(
+        "dense_gemm.cu" if tensor else "grouped_gemm_simt.cu", "dense_gemm",
+        (_defines if tensor else _simt_defines)[key], space.device_id, shared,
+    ).launch(<unsigned int>tiles, count, 1, THREADS, shared, space.stream, params)
+    if count > 1:
+        sum_parts(space, parts, out, count, accumulate)
+    return 0

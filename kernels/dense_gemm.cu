@@ -1,0 +1,335 @@
+// The router's products on the tensor cores of sm_80 and newer (mma.sync), to float32's accuracy.
+//
+// An operand is the exact sum of bfloat16 terms, each the rounded rest of those before it: float32 of three,
+// float16 of two, bfloat16 of one. Term i is about 2^-8i of its number, so pairs of terms with i + j > 2 are
+// below float32's rounding and are left out. bfloat16 has float32's range: nothing is scaled. (Two float16
+// operands are multiplied as they are.) The tensor cores truncate where they add, so they add up few products
+// only, the smallest terms first; those sums are added in float32, rounded to the nearest.
+//
+// A block computes a 128x128 tile. Operands come in their own type through a ring of shared-memory stages
+// filled with cp.async, and are split in registers. All widths must divide by 8 and all arrays be 16-byte
+// aligned; grouped_gemm_simt.cu has no such wish.
+//
+// Defines: A_TYPE, B_TYPE, OUT_TYPE (codes of types.cuh, none of them float64), TRANSPOSE_A, TRANSPOSE_B 0|1.
+
+#include "common/columns.cuh"
+#include "common/cp_async.cuh"
+#include "common/epilogue.cuh"
+#include "common/mma.cuh"
+#include "common/types.cuh"
+
+using TypeA = type_of<A_TYPE>;
+using TypeB = type_of<B_TYPE>;
+using TypeOut = type_of<OUT_TYPE>;
+
+template <class, class> constexpr bool SAME = false;
+template <class X> constexpr bool SAME<X, X> = true;
+
+constexpr bool HALVES = SAME<TypeA, float16> && SAME<TypeB, float16>;
+template <class X> constexpr int TERMS_OF = SAME<X, float> ? 3 : SAME<X, float16> && !HALVES ? 2 : 1;
+constexpr int TERMS_A = TERMS_OF<TypeA>, TERMS_B = TERMS_OF<TypeB>;
+template <bool> struct TermType { using type = bfloat16; };
+template <> struct TermType<true> { using type = float16; };
+using Term = typename TermType<HALVES>::type;
+
+constexpr int TILE = 128;
+constexpr int DEPTH = 32;                                 // of a stage along the contraction
+constexpr int PIECES = TERMS_A + TERMS_B == 2 ? 2 : 1;    // of 16 deep, that the tensor cores add up
+constexpr int THREADS = 256;
+constexpr int STAGE_BYTES = TILE * DEPTH * int(sizeof(TypeA) + sizeof(TypeB));
+constexpr int STAGES = sizeof(TypeA) + sizeof(TypeB) == 8 ? 3 : 4;  // the same as in dense_gemm.pyx
+constexpr int BLOCKS = TERMS_A + TERMS_B <= 4 ? 2 : 1;              // on a multiprocessor
+
+// Eight warps. A warp's side along the operand of more terms is the short one: splitting costs the most.
+constexpr bool SPLIT_B = TERMS_B > TERMS_A;
+constexpr int WARP_ROWS = SPLIT_B ? 64 : 32, WARP_COLUMNS = SPLIT_B ? 32 : 64;
+using Accumulators = float[WARP_ROWS / 16][WARP_COLUMNS / 8][4];
+__device__ __forceinline__ int warp_row() { return threadIdx.x / 32 / (TILE / WARP_COLUMNS) * WARP_ROWS; }
+__device__ __forceinline__ int warp_column() {
+    return threadIdx.x / 32 % (TILE / WARP_COLUMNS) * WARP_COLUMNS;
+}
+
+// --- operands ---
+
+// One of a fragment's registers as its terms: two neighbours along the contraction.
+template <int TERMS>
+__device__ __forceinline__ void split(float low, float high, uint32 (&out)[TERMS][4], int i) {
+#pragma unroll
+    for (int term = 0; term < TERMS; ++term) {
+        const uint32 both = pack2<bfloat16>(low, high);
+        out[term][i] = both;
+        low -= __uint_as_float(both << 16);
+        high -= __uint_as_float(both & 0xffff0000u);
+    }
+}
+
+// TILE x DEPTH pieces of a matrix, element (i, k) of which is outer * pitch + inner behind base, where the
+// contraction k is the inner one if ALONG_DEPTH.
+template <class X, bool ALONG_DEPTH> struct Operand {
+    static constexpr int CHUNK = 16 / int(sizeof(X));  // elements that are copied as one
+    static constexpr int LINE = (ALONG_DEPTH ? DEPTH : TILE) / CHUNK, LINE_BYTES = LINE * 16;
+    static constexpr int COPIES = TILE * DEPTH / CHUNK / THREADS, STRIDE = THREADS / LINE;
+
+    // Where a chunk of a line is in a stage. The XOR keeps apart, in the banks, the chunks that the copies
+    // write and those that the loads below read at the same time.
+    static __device__ __forceinline__ uint32 place(int line, int chunk) {
+        const int other = sizeof(X) == 4 ? (ALONG_DEPTH ? line & 3 : line / 2 & 3) * 2
+                                         : (ALONG_DEPTH ? line / 2 & 3 : line & 7);
+        return line * LINE_BYTES + (chunk ^ other) * 16;
+    }
+
+    // --- into shared memory: this thread's chunk of lines that are STRIDE apart ---
+
+    const X* from;
+    int64 pitch;
+    int i, limit;  // of the first; i at and behind limit are zero
+    int k, end;    // of the first, in the next step; k at and behind end are zero
+    uint32 target;
+
+    __device__ Operand(const X* base, int64 row_pitch, int tile_limit, int depth_begin, int depth_end) {
+        const int line = threadIdx.x / LINE, chunk = threadIdx.x % LINE;
+        i = ALONG_DEPTH ? line : chunk * CHUNK;
+        k = depth_begin + (ALONG_DEPTH ? chunk * CHUNK : line);
+        from = base + (ALONG_DEPTH ? i * row_pitch + k : k * row_pitch + i);
+        pitch = row_pitch;
+        limit = tile_limit;
+        end = depth_end;
+        target = place(line, chunk);
+    }
+
+    // one step after the other
+    __device__ __forceinline__ void copy(uint32 stage) {
+#pragma unroll
+        for (int j = 0; j < COPIES; ++j) {
+            const int di = ALONG_DEPTH ? j * STRIDE : 0, dk = ALONG_DEPTH ? 0 : j * STRIDE;
+            // lines that are STRIDE, a multiple of 8, apart have the same XOR
+            const bool there = i + di < limit && k + dk < end;
+            copy16_async(stage + target + j * STRIDE * LINE_BYTES, from + j * STRIDE * pitch, there);
+        }
+        from += ALONG_DEPTH ? DEPTH : DEPTH * pitch;
+        k += DEPTH;
+    }
+
+    // --- and from there: the fragments of a warp, whose part of the tile starts at `first` ---
+
+    // Where a lane reads the first of them; the others are a few lines or, by XOR, a few chunks away.
+    static __device__ __forceinline__ uint32 origin(int first) {
+        const int lane = threadIdx.x % 32;
+        if constexpr (sizeof(X) == 2) {
+            if constexpr (ALONG_DEPTH) return place(first + lane % 16, lane / 16);
+            return place(lane % 8 + lane / 16 * 8, first / CHUNK + lane / 8 % 2);
+        } else {
+            if constexpr (ALONG_DEPTH) return place(first + lane / 4, lane % 4 / 2) + lane % 2 * 8;
+            return place(lane % 4 * 2, (first + lane / 4) / CHUNK) + lane / 4 % 4 * 4;
+        }
+    }
+
+    // The piece of 16 (i) x 16 (k) at (first + i, k) as the left fragment of a product. As the right one, 8
+    // columns are its registers 0 and 2, the next 8 are 1 and 3.
+    template <int TERMS>
+    static __device__ __forceinline__ void load(uint32 (&out)[TERMS][4], uint32 at, int i, int k) {
+        const auto moved = [&](int di, int dk) {
+            const int lines = ALONG_DEPTH ? i + di : k + dk, chunks = (ALONG_DEPTH ? k + dk : i + di) / CHUNK;
+            return (at ^ chunks * 16) + lines * LINE_BYTES;
+        };
+        if constexpr (sizeof(X) == 2) {
+            uint32 raw[4];
+            if constexpr (ALONG_DEPTH)
+                load_matrices(raw, moved(0, 0));
+            else
+                load_matrices_transposed(raw, moved(0, 0));
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                if constexpr (SAME<X, Term>)
+                    out[0][r] = raw[r];
+                else
+                    split(widen(X{uint16(raw[r])}), widen(X{uint16(raw[r] >> 16)}), out, r);
+            }
+        } else {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const uint32 address = moved(r % 2 * 8, r / 2 * 8);
+                float pair[2];
+                if constexpr (ALONG_DEPTH) {
+                    load_shared(pair, address);
+                } else {
+                    pair[0] = load_shared(address);
+                    pair[1] = load_shared(address + LINE_BYTES);
+                }
+                split(pair[0], pair[1], out, r);
+            }
+        }
+    }
+};
+
+using Left = Operand<TypeA, !TRANSPOSE_A>;
+using Right = Operand<TypeB, TRANSPOSE_B>;
+
+// --- the product ---
+
+// (low, high) += a b, 16x16
+__device__ __forceinline__ void multiply(
+    float (&low)[4], float (&high)[4], const uint32 (&a)[PIECES][TERMS_A][4],
+    const uint32 (&b)[PIECES][TERMS_B][4]
+) {
+    float sums[2][4] = {};
+#pragma unroll
+    for (int order = 2; order >= 0; --order)
+#pragma unroll
+        for (int i = 0; i < TERMS_A; ++i) {
+            const int j = order - i;
+            if (j < 0 || j >= TERMS_B) continue;
+#pragma unroll
+            for (int p = 0; p < PIECES; ++p) {
+                multiply_add<Term>(sums[0], a[p][i], b[p][j][0], b[p][j][2]);
+                multiply_add<Term>(sums[1], a[p][i], b[p][j][1], b[p][j][3]);
+            }
+        }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        low[i] += sums[0][i];
+        high[i] += sums[1][i];
+    }
+}
+
+// A warp's part of a step: the fragments of the short side are kept, the others pass by. a_at and b_at are
+// the stage's places of the warp's first fragments.
+__device__ __forceinline__ void multiply_stage(Accumulators& acc, uint32 a_at, uint32 b_at) {
+    constexpr int M = WARP_ROWS / 16, N = WARP_COLUMNS / 16;
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16 * PIECES) {
+        const auto load_a = [&](uint32 (&a)[PIECES][TERMS_A][4], int m) {
+#pragma unroll
+            for (int p = 0; p < PIECES; ++p) Left::load(a[p], a_at, 16 * m, k + 16 * p);
+        };
+        const auto load_b = [&](uint32 (&b)[PIECES][TERMS_B][4], int n) {
+#pragma unroll
+            for (int p = 0; p < PIECES; ++p) Right::load(b[p], b_at, 16 * n, k + 16 * p);
+        };
+        if constexpr (SPLIT_B) {
+            uint32 a[PIECES][TERMS_A][4], b[N][PIECES][TERMS_B][4];
+#pragma unroll
+            for (int n = 0; n < N; ++n) load_b(b[n], n);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                load_a(a, m);
+#pragma unroll
+                for (int n = 0; n < N; ++n) multiply(acc[m][2 * n], acc[m][2 * n + 1], a, b[n]);
+            }
+        } else {
+            uint32 a[M][PIECES][TERMS_A][4], b[PIECES][TERMS_B][4];
+#pragma unroll
+            for (int m = 0; m < M; ++m) load_a(a[m], m);
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                load_b(b, n);
+#pragma unroll
+                for (int m = 0; m < M; ++m) multiply(acc[m][2 * n], acc[m][2 * n + 1], a[m], b);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void multiply_tile(Accumulators& acc, Left& a, Right& b, int steps) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    constexpr int BYTES_A = TILE * DEPTH * sizeof(TypeA);
+    const uint32 stages = shared_address(shared), last = stages + (STAGES - 1) * STAGE_BYTES;
+    const uint32 a_origin = Left::origin(warp_row()), b_origin = BYTES_A + Right::origin(warp_column());
+    const auto copy = [&](int step, uint32 stage) {
+        if (step < steps) {
+            a.copy(stage);
+            b.copy(stage + BYTES_A);
+        }
+        commit_copies();
+    };
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; ++step) copy(step, stages + step * STAGE_BYTES);
+    uint32 reading = stages, writing = last;
+    for (int step = 0; step < steps; ++step) {
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();  // and every warp has left the stage before this one: the next to be filled
+        copy(step + STAGES - 1, writing);
+        multiply_stage(acc, reading + a_origin, reading + b_origin);
+        writing = reading;
+        reading = reading == last ? stages : reading + STAGE_BYTES;
+    }
+}
+
+// --- epilogue ---
+
+// Eight elements in memory, as they are.
+template <class Out> struct alignas(16) Eight {
+    Out at[8];
+};
+
+// out points at the tile's first element; so many of its rows and columns exist
+template <class Out>
+__device__ __forceinline__ void store_tile(
+    Accumulators& acc, int rows, int columns, Out* out, int64 pitch, bool accumulate
+) {
+    constexpr int M = WARP_ROWS / 8, N = WARP_COLUMNS / 32;
+    const int lane = threadIdx.x % 32;
+    const auto row = [&](int m) { return warp_row() + 8 * m + lane / 4; };
+    const auto column = [&](int n) { return warp_column() + 32 * n + lane % 4 * 8; };
+    const auto at = [&](int m, int n) { return out + row(m) * pitch + column(n); };
+    const auto there = [&](int m, int n) { return row(m) < rows && column(n) < columns; };
+    Eight<Out> old[M][N] = {};
+    if (accumulate) {
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+                if (there(m, n)) old[m][n] = *reinterpret_cast<const Eight<Out>*>(at(m, n));
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            float values[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) values[i] = acc[m / 2][4 * n + i / 2][m % 2 * 2 + i % 2];
+            gather_columns(values);
+            if (!there(m, n)) continue;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) values[i] += widen(old[m][n].at[i]);
+            store_values(values, at(m, n));
+        }
+}
+
+// The tile of out, while the product is under way.
+__device__ __forceinline__ void prefetch_tile(const TypeOut* out, int rows, int columns, int64 pitch) {
+    constexpr int LINE = 128 / sizeof(TypeOut), LINES = TILE / LINE;
+    for (int i = threadIdx.x; i < TILE * LINES; i += THREADS) {
+        const int row = i / LINES, column = i % LINES * LINE;
+        if (row < rows && column < columns) prefetch(out + row * pitch + column);
+    }
+}
+
+// out[m, n] (+)= sum_k a(m, k) b(k, n), with a stored [k, m] if TRANSPOSE_A else [m, k], and b stored [n, k]
+// if TRANSPOSE_B else [k, n]. gridDim.y splits the contraction; each part goes to its own [rows, columns] of
+// parts, which sum_parts adds in order.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) dense_gemm(
+    const TypeA* a, const TypeB* b, TypeOut* out, float* parts, int rows, int columns, int depth,
+    int split_depth, int column_tiles, int accumulate
+) {
+    const int first_row = blockIdx.x / column_tiles * TILE, first_column = blockIdx.x % column_tiles * TILE;
+    const int rows_left = rows - first_row, columns_left = columns - first_column;
+    const int64 at = int64(first_row) * columns + first_column;
+    if (parts == nullptr && accumulate) prefetch_tile(out + at, rows_left, columns_left, columns);
+    const int begin = blockIdx.y * split_depth, end = min(begin + split_depth, depth);
+    Left left(
+        a + int64(first_row) * (TRANSPOSE_A ? 1 : depth), TRANSPOSE_A ? rows : depth, rows_left, begin, end
+    );
+    Right right(
+        b + int64(first_column) * (TRANSPOSE_B ? depth : 1), TRANSPOSE_B ? depth : columns, columns_left,
+        begin, end
+    );
+    Accumulators acc = {};
+    multiply_tile(acc, left, right, (end - begin + DEPTH - 1) / DEPTH);
+    if (parts != nullptr)
+        store_tile(
+            acc, rows_left, columns_left, parts + int64(blockIdx.y) * rows * columns + at, columns, false
+        );
+    else
+        store_tile(acc, rows_left, columns_left, out + at, columns, accumulate);
+}
