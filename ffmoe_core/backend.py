@@ -21,6 +21,7 @@ class Backend(Protocol):
     # routing
     gate_logits: Stage
     route: Stage
+    route_and_sort: Stage  # what `route` and `sort` do, in fewer launches
     route_backward: Stage
     gate_backward: Stage
     # rows

@@ -209,18 +209,14 @@ def moe_forward(
     cdef _Routing routing = _Routing(block, inputs.routing_parts)
     backend.gate_logits(space, inputs.router_input, inputs.gate_weight, logits)
     check_finite(space, logits)
-    backend.route(
-        space, config, logits, bias, mask, routing.topk_idx, routing.topk_weights, routing.tokens_per_expert, losses
-    )
     capacity = config.capacity(T)
-    if capacity is None:
-        capacity = -1
-    elif not config.allow_dropped_tokens:
-        _check_capacity(space, routing.tokens_per_expert, capacity)
-    backend.sort(
-        space, routing.topk_idx, routing.topk_weights, capacity, config.drop_policy,
+    backend.route_and_sort(
+        space, config, logits, bias, mask, -1 if capacity is None else capacity,
+        routing.topk_idx, routing.topk_weights, routing.tokens_per_expert, losses,
         routing.expert_offsets, routing.row_token, routing.row_weights, routing.token_rows,
     )
+    if capacity is not None and not config.allow_dropped_tokens:
+        _check_capacity(space, routing.tokens_per_expert, capacity)
 
     if save_for_backward and not config.recompute_activations:
         z = space.empty((R, 2 * I), dtype)

@@ -1,9 +1,11 @@
-// The router: scores, the choice of experts, weights, counts and losses of a token in one kernel, and its
-// gradient in another. One warp takes a token; lane i holds the experts i, i + 32, i + 64, ...
+// The router: scores, the choice of experts, weights, and each block's counts and losses in one kernel; their
+// sums, and the plan, in another, or in the same where one block is enough. And its gradient.
+//
+// One warp takes a token; lane i holds the experts i, i + 32, i + 64, ...
 //
 // Compiled with -DW_TYPE= the router's type (float or double) and -DEXPERTS_PER_LANE= at least E / 32.
-#include "common/arrival.cuh"
 #include "common/order.cuh"
+#include "common/placement.cuh"
 #include "common/types.cuh"
 #include "common/warp.cuh"
 
@@ -11,9 +13,11 @@ using W = type_of<W_TYPE>;
 using Key = key_of<W>;
 
 constexpr int N = EXPERTS_PER_LANE;
-constexpr int WARPS = 8;
-constexpr int FINISH_THREADS = 1024;  // at least E, and at least the blocks of `route`
-constexpr int FINISH_SLICES = FINISH_THREADS / 32;
+// What a multiprocessor has registers for; the same as in ffmoe_core/cuda/routing.pyx.
+constexpr int LANE_BYTES = N * int(sizeof(W));
+constexpr int WARPS = LANE_BYTES <= 16 ? 32 : LANE_BYTES <= 32 ? 16 : 8;
+constexpr int PLAN_THREADS = 1024;
+constexpr int BACKWARD_WARPS = 8;
 
 // The same as in ffmoe_core/cuda/routing.pyx.
 struct Router {
@@ -152,12 +156,76 @@ __device__ __forceinline__ void keep_best_groups(const Router& router, Key (&key
 
 // --- forward ---
 
-// The blocks' sums go to score_sums [blocks, E], counts [blocks, E] and loss_sums [blocks, 2], which
-// `route_finish` adds up in a fixed order.
+// What the blocks of `route` add up, each for its tokens, and what becomes of it.
+struct Sums {
+    W* scores;    // [blocks, E]
+    int* counts;  // [blocks, E]
+    W* losses;    // [blocks, 2]: z-loss and entropy
+    int* tokens_per_expert;
+    W* results;  // [3]
+};
+
+// Adds up the blocks' sums, in an order that the number of threads does not change.
+template <int THREADS> __device__ void add_up(const Router& router, const Sums& sums, int blocks) {
+    constexpr int SLICES = 8;  // warps that share the blocks' sums of 32 experts
+    constexpr int COLUMNS = THREADS / 32 / SLICES * 32;
+    __shared__ double scores[MAX_EXPERTS], slice_scores[THREADS / 32][32];
+    __shared__ int slice_counts[THREADS / 32][32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, slice = warp % SLICES;
+    const int num_experts = router.num_experts;
+    for (int first = 0; first < num_experts; first += COLUMNS) {
+        const int e = first + warp / SLICES * 32 + lane;
+        double score = 0;
+        int count = 0;
+        if (e < num_experts) {
+#pragma unroll 8
+            for (int row = slice; row < blocks; row += SLICES) {
+                const int64 at = int64(row) * num_experts + e;
+                score += sums.scores[at];
+                count += sums.counts[at];
+            }
+        }
+        slice_scores[warp][lane] = score;
+        slice_counts[warp][lane] = count;
+        __syncthreads();
+        if (slice == 0 && e < num_experts) {
+            for (int s = 1; s < SLICES; s++) {
+                score += slice_scores[warp + s][lane];
+                count += slice_counts[warp + s][lane];
+            }
+            scores[e] = score;
+            sums.tokens_per_expert[e] = count;
+        }
+        __syncthreads();
+    }
+    if (warp > 0) return;
+    double balance = 0, z = 0, entropy = 0, rows = 0;
+    for (int e = lane; e < num_experts; e += 32) {
+        rows += sums.tokens_per_expert[e];
+        balance += sums.tokens_per_expert[e] * scores[e];
+    }
+    for (int row = lane; row < blocks; row += 32) {
+        z += sums.losses[2 * row];
+        entropy += sums.losses[2 * row + 1];
+    }
+    const double valid = warp_sum(rows) / router.top_k;
+    balance = warp_sum(balance);
+    z = warp_sum(z);
+    entropy = warp_sum(entropy);
+    if (lane == 0) {
+        sums.results[0] = valid > 0 ? W(router.aux_coeff * num_experts * (balance / valid / valid)) : W(0);
+        sums.results[1] = valid > 0 ? W(router.z_coeff * (z / valid)) : W(0);
+        sums.results[2] = valid > 0 ? W(entropy / valid) : W(0);
+    }
+}
+
+// A block takes `slots.chunk` / K tokens. A single one also adds up the sums and, unless plan.token_rows is
+// NULL, makes the plan; of many, that is left to `route_plan`.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
-    const Router router, const W* logits, const float* expert_bias, const unsigned char* valid_mask,
-    int* topk_idx, W* topk_weights, W* score_sums, int* counts, W* loss_sums, uint32* arrived
+    const Router router, const Slots slots, const W* logits, const float* expert_bias,
+    const unsigned char* valid_mask, int* topk_idx, W* topk_weights, const Sums sums, const Plan<W> plan
 ) {
+    extern __shared__ uint16 next[];
     __shared__ W block_scores[32 * N];
     __shared__ int block_counts[32 * N];
     __shared__ W warp_losses[WARPS][2];
@@ -169,8 +237,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
 
     W q_sums[N] = {};
     W z_sum = 0, entropy_sum = 0;
-    const int64 step = int64(gridDim.x) * WARPS;
-    for (int64 t = int64(blockIdx.x) * WARPS + warp; t < router.num_tokens; t += step) {
+    const int64 tokens = slots.chunk / top_k, begin = blockIdx.x * tokens;
+    const int64 end = min(begin + tokens, router.num_tokens);
+    for (int64 t = begin + warp; t < end; t += WARPS) {
         int* experts = topk_idx + t * top_k;
         W* weights = topk_weights + t * top_k;
         if (valid_mask != nullptr && !valid_mask[t]) {
@@ -268,73 +337,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     }
     const int64 first = int64(blockIdx.x) * num_experts;
     for (int e = threadIdx.x; e < num_experts; e += 32 * WARPS) {
-        score_sums[first + e] = block_scores[e];
-        counts[first + e] = block_counts[e];
+        sums.scores[first + e] = block_scores[e];
+        sums.counts[first + e] = block_counts[e];
     }
     if (threadIdx.x < 2) {
         W sum = 0;
         for (int w = 0; w < WARPS; w++) sum += warp_losses[w][threadIdx.x];
-        loss_sums[2 * blockIdx.x + threadIdx.x] = sum;
+        sums.losses[2 * blockIdx.x + threadIdx.x] = sum;
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) *arrived = 0;
-}
-
-// The sum over the block's threads, in a fixed order.
-__device__ double block_sum(double x) {
-    __shared__ double sums[FINISH_SLICES];
-    x = warp_sum(x);
-    __syncthreads();  // an earlier sum has been read
-    if ((threadIdx.x & 31) == 0) sums[threadIdx.x / 32] = x;
+    if (gridDim.x > 1) return;
     __syncthreads();
-    double total = 0;
-    for (int w = 0; w < FINISH_SLICES; w++) total += sums[w];
-    return total;
+    add_up<32 * WARPS>(router, sums, 1);
+    if (plan.token_rows == nullptr) return;
+    place_chunk<32 * WARPS>(slots, 0, topk_idx, topk_weights, sums.counts, plan, next);
 }
 
-// A block adds up the sums of 32 experts, a warp every FINISH_SLICES-th of `blocks` rows; the last block
-// makes the losses. expert_scores [E] is scratch.
-extern "C" __global__ void __launch_bounds__(FINISH_THREADS) route_finish(
-    const Router router, const W* score_sums, const int* counts, const W* loss_sums, int blocks,
-    double* expert_scores, int* tokens_per_expert, W* losses, uint32* arrived
+// Block c makes the plan of chunk c; the last block adds up the sums, and is the only one where no plan is
+// wanted.
+extern "C" __global__ void __launch_bounds__(PLAN_THREADS) route_plan(
+    const Router router, const Slots slots, const int* topk_idx, const W* topk_weights, const Sums sums,
+    const Plan<W> plan
 ) {
-    __shared__ double slice_scores[FINISH_SLICES][32];
-    __shared__ int slice_counts[FINISH_SLICES][32];
-    const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
-    const int num_experts = router.num_experts;
-    const int e = blockIdx.x * 32 + lane;
-    double score = 0;
-    int count = 0;
-    if (e < num_experts) {
-        for (int row = slice; row < blocks; row += FINISH_SLICES) {
-            const int64 at = int64(row) * num_experts + e;
-            score += score_sums[at];
-            count += counts[at];
-        }
-    }
-    slice_scores[slice][lane] = score;
-    slice_counts[slice][lane] = count;
-    __syncthreads();
-    if (slice == 0 && e < num_experts) {
-        for (int s = 1; s < FINISH_SLICES; s++) {
-            score += slice_scores[s][lane];
-            count += slice_counts[s][lane];
-        }
-        expert_scores[e] = score;
-        tokens_per_expert[e] = count;
-    }
-    if (!last_block(arrived)) return;
-
-    const int i = threadIdx.x;
-    const double rows = i < num_experts ? fresh(tokens_per_expert + i) : 0;
-    const double balance = block_sum(i < num_experts ? rows * fresh(expert_scores + i) : 0);
-    const double z = block_sum(i < blocks ? double(loss_sums[2 * i]) : 0);
-    const double entropy = block_sum(i < blocks ? double(loss_sums[2 * i + 1]) : 0);
-    const double valid = block_sum(rows) / router.top_k;
-    if (i == 0) {
-        losses[0] = valid > 0 ? W(router.aux_coeff * num_experts * (balance / valid / valid)) : W(0);
-        losses[1] = valid > 0 ? W(router.z_coeff * (z / valid)) : W(0);
-        losses[2] = valid > 0 ? W(entropy / valid) : W(0);
-    }
+    extern __shared__ uint16 next[];
+    if (blockIdx.x == gridDim.x - 1) return add_up<PLAN_THREADS>(router, sums, slots.chunks);
+    place_chunk<PLAN_THREADS>(slots, blockIdx.x, topk_idx, topk_weights, sums.counts, plan, next);
 }
 
 // --- backward ---
@@ -350,7 +376,7 @@ __device__ __forceinline__ void add_softmax_gradient(const W (&w)[N], const W (&
 }
 
 // dlogits of every token. grad_losses may be NULL: zeros.
-extern "C" __global__ void __launch_bounds__(32 * WARPS) route_backward(
+extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward(
     const Router router, const W* logits, const int* topk_idx, const int* tokens_per_expert,
     const int* token_rows, const W* dp_rows, const W* grad_losses, W* dlogits
 ) {
@@ -377,8 +403,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route_backward(
 #pragma unroll
     for (int i = 0; i < N; i++) balance[i] = valid > 0 ? W(aux_grad * (counts[i] / valid)) : W(0);
 
-    const int64 step = int64(gridDim.x) * WARPS;
-    for (int64 t = int64(blockIdx.x) * WARPS + warp; t < router.num_tokens; t += step) {
+    const int64 step = int64(gridDim.x) * BACKWARD_WARPS;
+    for (int64 t = int64(blockIdx.x) * BACKWARD_WARPS + warp; t < router.num_tokens; t += step) {
         const int* experts = topk_idx + t * top_k;
         W grad[N] = {};
         if (experts[0] >= 0) {

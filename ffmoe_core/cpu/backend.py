@@ -2,7 +2,7 @@
 
 from .grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_glu, grouped_glu_backward
 from .permute import combine, permute, sort
-from .routing import gate_backward, gate_logits, route, route_backward
+from .routing import gate_backward, gate_logits, route, route_and_sort, route_backward
 
 
 class CpuBackend:
@@ -12,6 +12,7 @@ class CpuBackend:
 
     gate_logits = staticmethod(gate_logits)
     route = staticmethod(route)
+    route_and_sort = staticmethod(route_and_sort)
     route_backward = staticmethod(route_backward)
     gate_backward = staticmethod(gate_backward)
 

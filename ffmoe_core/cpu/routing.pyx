@@ -19,6 +19,8 @@ from .threads cimport num_threads
 from .tiles cimport Scratch, block_start, blocks, scratch
 from .vector cimport exp_shifted, sigmoid
 
+from .permute import sort
+
 cdef enum:
     BLOCK_TOKENS = 64  # tokens of a block, at least
     MOST_BLOCKS = 256
@@ -463,6 +465,18 @@ cdef void route_backward_block(
             lse = softmax(E, logits, scores)
             for e in range(E):
                 d[e] += <real>(job.dz * 2 * lse * scores[e])
+
+
+def route_and_sort(
+    Space space, config, Array logits, Array expert_bias, Array valid_mask, capacity,
+    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses,
+    Array expert_offsets, Array row_token, Array row_weights, Array token_rows,
+):
+    route(space, config, logits, expert_bias, valid_mask, topk_idx, topk_weights, tokens_per_expert, losses)
+    sort(
+        space, topk_idx, topk_weights, capacity, config.drop_policy,
+        expert_offsets, row_token, row_weights, token_rows,
+    )
 
 
 def route_backward(

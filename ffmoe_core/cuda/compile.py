@@ -12,7 +12,6 @@ from typing import Any
 from ..errors import DeviceError, KernelError, MissingDependencyError
 
 MINIMUM_ARCHITECTURE = 80
-_STATIC_SHARED_MEMORY = 48 * 1024  # what a block may use without asking the driver for more
 
 
 def kernel_directory() -> Path:
@@ -70,7 +69,7 @@ def load_function(
         with cupy.cuda.Device(device_id):
             module = cupy.RawModule(code=source, options=compile_options(file, defines))
             kernel = module.get_function(entry)
-            if dynamic_smem > _STATIC_SHARED_MEMORY:
+            if dynamic_smem > 0:  # beside what is static it may be more than the driver gives unasked
                 kernel.max_dynamic_shared_size_bytes = dynamic_smem
             return kernel, kernel.kernel.ptr
     except cupy.cuda.compiler.CompileException as error:

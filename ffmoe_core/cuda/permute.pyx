@@ -4,14 +4,16 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uintptr_t
 
 from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, UINT8, Array, Space, itemsize
 from .launch cimport Parameter, kernel
+from .placement cimport Plan, Slots, in_chunks, rank_bytes
 
 cdef enum:
     VECTOR_BYTES = 16
     THREADS = 256
     COPIES = 4  # vectors a thread of `permute` copies
-    SORT_CHUNK = 2048  # slots a block sorts
+    SORT_THREADS = 1024
+    SORT_SLOTS = 2048  # least slots worth a block of its own
     SELECT_THREADS = 512
-    NO_BOUND = 0x7fffffff
+    MOST_SORT_BYTES = 65536  # of shared memory, for the most experts
 
 cdef list _SORT_DEFINES = [(f"W_TYPE={dtype}",) for dtype in (<int>FLOAT32, <int>FLOAT64)]
 # by dtype, then whether a vector is 16 bytes or one element
@@ -26,7 +28,7 @@ def variants():
     sorts = [
         ("sort.cu", entry, defines)
         for defines in _SORT_DEFINES
-        for entry in ("sort_count", "sort_scan", "sort_place", "sort_select")
+        for entry in ("sort_count", "sort_place", "sort_select")
     ]
     moves = [
         ("permute.cu", entry, defines)
@@ -37,70 +39,46 @@ def variants():
     return sorts + moves
 
 
-cdef int _count_chunks(
-    Space space, tuple defines, Array topk_idx, int64_t slots, int32_t chunks, int32_t limit,
-    Array expert_offsets, char* counts, char* sizes, char* starts, char* arrived,
-) except -1:
-    """Where each chunk's rows of each expert begin, expert_offsets and, unless it is NULL, starts."""
-    cdef int32_t num_experts = <int32_t>(expert_offsets.dims[0] - 1)
-    cdef Parameter[5] count_params = [&topk_idx.data, &slots, &num_experts, &counts, &arrived]
-    kernel("sort.cu", "sort_count", defines, space.device_id, 0).launch(
-        chunks, 1, 1, THREADS, 0, space.stream, count_params
-    )
-    cdef Parameter[8] scan_params = [
-        &counts, &chunks, &num_experts, &limit, &sizes, &expert_offsets.data, &starts, &arrived
-    ]
-    kernel("sort.cu", "sort_scan", defines, space.device_id, 0).launch(
-        num_experts, 1, 1, THREADS, 0, space.stream, scan_params
-    )
-    return 0
-
-
 def sort(
     Space space, Array topk_idx, Array topk_weights, capacity, str drop_policy,
     Array expert_offsets, Array row_token, Array row_weights, Array token_rows,
 ):
     cdef tuple defines = _SORT_DEFINES[1 if topk_weights.dtype == FLOAT64 else 0]
-    cdef int64_t slots = topk_idx.dims[0] * topk_idx.dims[1], E = expert_offsets.dims[0] - 1
-    cdef int32_t top_k = <int32_t>topk_idx.dims[1], num_experts = <int32_t>E
-    cdef int32_t limit = NO_BOUND if capacity < 0 else min(capacity, NO_BOUND)
+    cdef int32_t top_k = <int32_t>topk_idx.dims[1], E = <int32_t>(expert_offsets.dims[0] - 1)
     cdef bint heaviest = drop_policy == "probs" and capacity >= 0
-    cdef int32_t chunks = <int32_t>max(1, (slots + SORT_CHUNK - 1) // SORT_CHUNK)
-    # keys, order and starts are needed to choose the heaviest only; counts and sizes between chunks only
-    cdef int64_t order_at = slots * itemsize(topk_weights.dtype) if heaviest else 0
-    cdef int64_t starts_at = order_at + (4 * slots if heaviest else 0)
+    cdef Slots slots = in_chunks(topk_idx.dims[0], top_k, E, capacity, max(1, SORT_SLOTS // top_k))
+    # counts, and what choosing the heaviest takes: keys, order and starts
+    cdef int64_t order_at = slots.count * itemsize(topk_weights.dtype) if heaviest else 0
+    cdef int64_t starts_at = order_at + (4 * slots.count if heaviest else 0)
     cdef int64_t counts_at = starts_at + (4 * (E + 1) if heaviest else 0)
-    cdef int64_t sizes_at = counts_at + (4 * E * chunks if chunks > 1 else 0)
-    cdef int64_t arrived_at = sizes_at + (4 * E if chunks > 1 else 0)
-    cdef Array scratch = space.empty((arrived_at + 4,), UINT8) if heaviest or chunks > 1 else None
-    cdef char* base = scratch.data if scratch is not None else NULL
-    cdef char* keys = base if heaviest else NULL
-    cdef char* order = base + order_at if heaviest else NULL
-    cdef char* starts = base + starts_at if heaviest else NULL
-    cdef char* counts = base + counts_at if chunks > 1 else NULL
-    cdef char* sizes = base + sizes_at
-    cdef char* arrived = base + arrived_at
+    cdef Array scratch = space.empty((counts_at + 4 * E * slots.chunks,), UINT8)
+    cdef char* counts = scratch.data + counts_at
     cdef int device = space.device_id
-    if chunks > 1:
-        _count_chunks(
-            space, defines, topk_idx, slots, chunks, limit, expert_offsets, counts, sizes, starts, arrived
-        )
-    cdef Parameter[14] place_params = [
-        &topk_idx.data, &topk_weights.data, &slots, &top_k, &num_experts, &limit, &counts,
-        &expert_offsets.data, &row_token.data, &row_weights.data, &token_rows.data,
-        &starts, &order, &keys,
-    ]
-    kernel("sort.cu", "sort_place", defines, device, 0).launch(
-        chunks, 1, 1, THREADS, 0, space.stream, place_params
+    cdef Plan plan
+    plan.expert_offsets = expert_offsets.data
+    plan.row_token = row_token.data
+    plan.row_weights = row_weights.data
+    plan.token_rows = token_rows.data
+    plan.starts = scratch.data + starts_at if heaviest else NULL
+    plan.order = scratch.data + order_at if heaviest else NULL
+    plan.keys = scratch.data if heaviest else NULL
+
+    cdef Parameter[3] count_params = [&slots, &topk_idx.data, &counts]
+    kernel("sort.cu", "sort_count", defines, device, 0).launch(
+        slots.chunks, 1, 1, SORT_THREADS, 0, space.stream, count_params
+    )
+    cdef Parameter[5] place_params = [&slots, &topk_idx.data, &topk_weights.data, &counts, &plan]
+    kernel("sort.cu", "sort_place", defines, device, MOST_SORT_BYTES).launch(
+        slots.chunks, 1, 1, SORT_THREADS, rank_bytes(SORT_THREADS // 32, E), space.stream, place_params
     )
     if not heaviest:
         return
     cdef Parameter[9] select_params = [
-        &topk_weights.data, &top_k, &starts, &order, &keys, &expert_offsets.data,
+        &topk_weights.data, &top_k, &plan.starts, &plan.order, &plan.keys, &expert_offsets.data,
         &row_token.data, &row_weights.data, &token_rows.data,
     ]
     kernel("sort.cu", "sort_select", defines, device, 0).launch(
-        num_experts, 1, 1, SELECT_THREADS, 0, space.stream, select_params
+        E, 1, 1, SELECT_THREADS, 0, space.stream, select_params
     )
 
 

@@ -5,12 +5,16 @@ from libc.stdint cimport int32_t, int64_t
 from ..arrays cimport FLOAT32, FLOAT64, UINT8, Array, Space, itemsize
 from .dense_gemm cimport dense_gemm
 from .launch cimport Parameter, kernel
+from .placement cimport Plan, Slots, in_chunks, rank_bytes
+
+from .permute import sort
 
 cdef enum:
-    WARPS = 8  # tokens a block works on at a time
-    MOST_BLOCKS = 512  # their sums are added up by a second kernel, which has a thread for each
-    FINISH_THREADS = 1024
-    FINISH_EXPERTS = 32  # experts whose sums a block adds up
+    PLAN_THREADS = 1024
+    MOST_PLAN_BYTES = 65536  # of shared memory, for the most experts
+    ALONE = 2  # tokens a warp takes, one after the other, rather than leave the plan to a second kernel
+    BACKWARD_WARPS = 8
+    BACKWARD_BLOCKS = 512
 
 # The experts a lane can hold: any number up to 32 fits the last, fewer are faster.
 cdef tuple _PER_LANE = (1, 2, 4, 8, 16, 32)
@@ -27,15 +31,15 @@ def variants():
     return [
         ("routing.cu", entry, defines)
         for defines in _DEFINES.values()
-        for entry in ("route", "route_finish", "route_backward")
+        for entry in ("route", "route_plan", "route_backward")
     ]
 
 
-cdef tuple _defines(Array logits):
+cdef int _per_lane(Array logits) except -1:
     for per_lane in _PER_LANE_FLOAT64 if logits.dtype == FLOAT64 else _PER_LANE:
         if 32 * per_lane >= logits.dims[1]:
             break
-    return _DEFINES[logits.dtype, per_lane]
+    return per_lane
 
 
 # The same as in kernels/routing.cu.
@@ -67,8 +71,13 @@ cdef Router _router(config, Array logits, Array topk_idx):
     return out
 
 
-cdef unsigned int _blocks(int64_t num_tokens) noexcept:
-    return <unsigned int>max(1, min(<int64_t>MOST_BLOCKS, (num_tokens + WARPS - 1) // WARPS))
+# The same as in kernels/routing.cu.
+cdef struct Sums:
+    void* scores
+    void* counts
+    void* losses
+    void* tokens_per_expert
+    void* results
 
 
 def gate_logits(Space space, Array x, Array gate_weight, Array logits):
@@ -86,40 +95,78 @@ def route(
     Space space, config, Array logits, Array expert_bias, Array valid_mask,
     Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses,
 ):
-    cdef tuple defines = _defines(logits)
+    cdef Plan nothing = [NULL, NULL, NULL, NULL, NULL, NULL, NULL]
+    _route(
+        space, config, logits, expert_bias, valid_mask, -1, topk_idx, topk_weights, tokens_per_expert, losses,
+        nothing,
+    )
+
+
+def route_and_sort(
+    Space space, config, Array logits, Array expert_bias, Array valid_mask, capacity,
+    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses,
+    Array expert_offsets, Array row_token, Array row_weights, Array token_rows,
+):
+    if capacity >= 0 and config.drop_policy == "probs":
+        route(
+            space, config, logits, expert_bias, valid_mask, topk_idx, topk_weights, tokens_per_expert, losses
+        )
+        sort(
+            space, topk_idx, topk_weights, capacity, config.drop_policy,
+            expert_offsets, row_token, row_weights, token_rows,
+        )
+        return
+    cdef Plan plan = [
+        expert_offsets.data, row_token.data, row_weights.data, token_rows.data, NULL, NULL, NULL
+    ]
+    _route(
+        space, config, logits, expert_bias, valid_mask, capacity, topk_idx, topk_weights, tokens_per_expert,
+        losses, plan,
+    )
+
+
+cdef int _route(
+    Space space, config, Array logits, Array expert_bias, Array valid_mask, int64_t capacity,
+    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses, Plan plan,
+) except -1:
+    """Choice, weights, counts and losses; and the plan, if it has somewhere to go."""
+    cdef int per_lane = _per_lane(logits), lane_bytes = per_lane * itemsize(logits.dtype)
+    cdef int warps = 32 if lane_bytes <= 16 else 16 if lane_bytes <= 32 else 8
+    cdef tuple defines = _DEFINES[logits.dtype, per_lane]
     cdef Router router = _router(config, logits, topk_idx)
-    cdef unsigned int blocks = _blocks(router.num_tokens)
-    cdef int32_t block_count = <int32_t>blocks
-    cdef int64_t E = router.num_experts, width = itemsize(logits.dtype)
-    # the blocks' sums, then the experts'
-    cdef int64_t score_sums_at = 8 * E
-    cdef int64_t loss_sums_at = score_sums_at + width * blocks * E
-    cdef int64_t counts_at = loss_sums_at + width * 2 * blocks
-    cdef int64_t arrived_at = counts_at + 4 * blocks * E
-    cdef Array scratch = space.empty((arrived_at + 4,), UINT8)
-    cdef char* expert_scores = scratch.data
-    cdef char* score_sums = scratch.data + score_sums_at
-    cdef char* loss_sums = scratch.data + loss_sums_at
-    cdef char* counts = scratch.data + counts_at
-    cdef char* arrived = scratch.data + arrived_at
+    cdef bint alone = router.num_tokens <= ALONE * warps
+    cdef Slots slots = in_chunks(
+        router.num_tokens, router.top_k, router.num_experts, capacity, ALONE * warps if alone else warps
+    )
+    cdef int64_t entries = <int64_t>slots.chunks * router.num_experts, width = itemsize(logits.dtype)
+    cdef Array scratch = space.empty((width * (entries + 2 * slots.chunks) + 4 * entries,), UINT8)
+    cdef Sums sums
+    sums.scores = scratch.data
+    sums.losses = scratch.data + width * entries
+    sums.counts = scratch.data + width * (entries + 2 * slots.chunks)
+    sums.tokens_per_expert = tokens_per_expert.data
+    sums.results = losses.data
     cdef char* bias = expert_bias.data if expert_bias is not None else NULL
     cdef char* mask = valid_mask.data if valid_mask is not None else NULL
+    cdef bint planned = plan.token_rows != NULL
 
-    cdef Parameter[10] params = [
-        &router, &logits.data, &bias, &mask, &topk_idx.data, &topk_weights.data,
-        &score_sums, &counts, &loss_sums, &arrived,
+    cdef Parameter[9] params = [
+        &router, &slots, &logits.data, &bias, &mask, &topk_idx.data, &topk_weights.data, &sums, &plan
     ]
-    kernel("routing.cu", "route", defines, space.device_id, 0).launch(
-        blocks, 1, 1, 32 * WARPS, 0, space.stream, params
-    )
-    params = [
-        &router, &score_sums, &counts, &loss_sums, &block_count,
-        &expert_scores, &tokens_per_expert.data, &losses.data, &arrived, NULL,
-    ]
-    kernel("routing.cu", "route_finish", defines, space.device_id, 0).launch(
-        <unsigned int>((E + FINISH_EXPERTS - 1) // FINISH_EXPERTS), 1, 1, FINISH_THREADS, 0,
+    kernel("routing.cu", "route", defines, space.device_id, rank_bytes(warps, 32 * per_lane)).launch(
+        slots.chunks, 1, 1, 32 * warps, rank_bytes(warps, router.num_experts) if alone else 0,
         space.stream, params,
     )
+    if alone:
+        return 0
+    cdef Parameter[6] plan_params = [
+        &router, &slots, &topk_idx.data, &topk_weights.data, &sums, &plan
+    ]
+    kernel("routing.cu", "route_plan", defines, space.device_id, MOST_PLAN_BYTES).launch(
+        slots.chunks + 1 if planned else 1, 1, 1, PLAN_THREADS,
+        rank_bytes(PLAN_THREADS // 32, router.num_experts) if planned else 0, space.stream, plan_params,
+    )
+    return 0
 
 
 def route_backward(
@@ -134,6 +181,8 @@ def route_backward(
         &router, &logits.data, &topk_idx.data, &tokens_per_expert.data, &token_rows.data, &dp_rows.data,
         &d_losses, &dlogits.data,
     ]
-    kernel("routing.cu", "route_backward", _defines(logits), space.device_id, 0).launch(
-        _blocks(router.num_tokens), 1, 1, 32 * WARPS, 0, space.stream, params
+    cdef int64_t blocks = min(<int64_t>BACKWARD_BLOCKS, (router.num_tokens + BACKWARD_WARPS - 1) // BACKWARD_WARPS)
+    cdef tuple defines = _DEFINES[logits.dtype, _per_lane(logits)]
+    kernel("routing.cu", "route_backward", defines, space.device_id, 0).launch(
+        <unsigned int>blocks, 1, 1, 32 * BACKWARD_WARPS, 0, space.stream, params
     )

@@ -30,6 +30,7 @@ def test_stages_are_those_of_the_protocol():
     assert set(STAGES) == {
         "gate_logits",
         "route",
+        "route_and_sort",
         "route_backward",
         "gate_backward",
         "sort",

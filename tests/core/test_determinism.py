@@ -127,6 +127,14 @@ def stage_calls(kind, dtype):
             [((T, K), "int32"), ((T, K), W), ((E,), "int32"), ((3,), W)],
             [],
         ),
+        "route_and_sort": (
+            [config, logits, None, None, 8],
+            [
+                *[((T, K), "int32"), ((T, K), W), ((E,), "int32"), ((3,), W)],
+                *[((E + 1,), "int32"), ((R,), "int32"), ((R,), W), ((T, K), "int32")],
+            ],
+            [],
+        ),
         "route_backward": (
             [config, logits, idx, weights, counts, token_rows, floats(R, dtype=W), floats(3, dtype=W)],
             [((T, E), W)],

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ffmoe_core import MoEConfig, route
 from tests import reference
 from tests.core.checks import call_stage, check_selection
-from tests.support import DTYPES, assert_close, numbers, random_layer, rounded, router_dtype
+from tests.support import DTYPES, assert_close, numbers, random_layer, rounded, router_dtype, same_bits
 
 
 @st.composite
@@ -205,6 +205,38 @@ def test_large_logits_neither_overflow_nor_vanish(kind, gating, shift):
     grad_losses = np.array([0.5, 2.0, 9.0])
     got, want = route_backward(kind, config, logits, outputs, grad_losses, rng)
     assert_close(got, want, "float32", "gradient of the logits")
+
+
+@pytest.mark.parametrize(("capacity", "drop_policy"), [(-1, "position"), (40, "position"), (40, "probs")])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k"),
+    [(0, 4, 2), (1, 128, 8), (64, 128, 8), (65, 128, 8), (333, 250, 3), (2500, 24, 6), (700, 1000, 40)],
+)
+def test_route_and_sort_do_what_both_do(kind, num_tokens, num_experts, top_k, dtype, capacity, drop_policy):
+    """Few tokens and many, on both sides of where the work is spread differently: the same bits."""
+    rng = np.random.default_rng(num_tokens)
+    config = MoEConfig(
+        d_model=1, ffn_dim=2, num_experts=num_experts, top_k=top_k, drop_policy=drop_policy,
+        aux_loss_coeff=0.01, z_loss_coeff=0.001,
+    )  # fmt: skip
+    logits = kind.array(rng.standard_normal((num_tokens, num_experts)), dtype)
+    valid = kind.array(rng.random(num_tokens) < 0.9, "uint8")
+    slots = num_tokens * top_k
+
+    def outputs():
+        pairs = (num_tokens, top_k)
+        routed = [(pairs, "int32"), (pairs, dtype), (num_experts, "int32"), (3, dtype)]
+        plan = [(num_experts + 1, "int32"), (slots, "int32"), (slots, dtype), (pairs, "int32")]
+        return [kind.full(shape, 99, dtype) for shape, dtype in routed + plan]
+
+    together, apart = outputs(), outputs()
+    call_stage(kind, "route_and_sort", config, logits, None, valid, capacity, *together)
+    call_stage(kind, "route", config, logits, None, valid, *apart[:4])
+    call_stage(kind, "sort", apart[0], apart[1], capacity, drop_policy, *apart[4:])
+    assert same_bits(kind, together, apart)
+    idx, _, counts, _ = (numbers(kind, part) for part in apart[:4])
+    assert (counts == np.bincount(idx[idx >= 0], minlength=num_experts)).all()
 
 
 @pytest.mark.parametrize("float32_gate", [False, True])
