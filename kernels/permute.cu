@@ -11,7 +11,7 @@ using Columns = Vector<X, WIDTH>;
 
 constexpr int THREADS = 256;
 constexpr int COPIES = 4;  // vectors a thread copies
-constexpr int LOADS = 4;   // rows a thread reads before it adds them up
+constexpr int LOADS = 8;   // rows a thread reads before it adds them up
 
 // Where a thread works: `1 << log_lanes` threads share a segment of a row, `segments` make the row.
 struct Place {
@@ -64,23 +64,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine(
     const int64 slot = at.row * top_k;
     W sums[WIDTH] = {};
     for (int first = 0; first < top_k; first += LOADS) {
-        int row[LOADS];
         W weight[LOADS];
         Columns values[LOADS];
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            row[i] = first + i < top_k ? token_rows[slot + first + i] : -1;
-            weight[i] = weights != nullptr && first + i < top_k ? weights[slot + first + i] : W(1);
-            if (row[i] >= num_rows) row[i] = -1;
+            const int k = first + i, row = k < top_k ? token_rows[slot + k] : -1;
+            const bool there = uint32(row) < uint32(num_rows);
+            weight[i] = !there ? W(0) : weights != nullptr ? weights[slot + k] : W(1);
+            values[i] = Columns{};
+            if (there) values[i] = load_vector<X, WIDTH>(rows + (int64(row) * columns + at.column) * WIDTH);
         }
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            if (row[i] < 0) continue;
-            values[i] = load_vector<X, WIDTH>(rows + (int64(row[i]) * columns + at.column) * WIDTH);
-        }
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            if (row[i] < 0) continue;
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) sums[j] += weight[i] * widen(values[i].at[j]);
         }

@@ -354,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
 
 // Block c makes the plan of chunk c; the last block adds up the sums, and is the only one where no plan is
 // wanted.
-extern "C" __global__ void __launch_bounds__(PLAN_THREADS) route_plan(
+extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1) route_plan(
     const Router router, const Slots slots, const int* topk_idx, const W* topk_weights, const Sums sums,
     const Plan<W> plan
 ) {
@@ -403,24 +403,39 @@ extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward
 #pragma unroll
     for (int i = 0; i < N; i++) balance[i] = valid > 0 ? W(aux_grad * (counts[i] / valid)) : W(0);
 
+    // A token's logits, and its slots, one a lane: read while the token before it is worked on.
+    struct Token {
+        W logits[N];
+        int expert, row;
+    };
+    const auto slot_of = [&](int64 t, int k, Token& out) {
+        out.expert = out.row = -1;
+        if (k >= top_k) return;
+        out.expert = topk_idx[t * top_k + k];
+        out.row = token_rows[t * top_k + k];
+    };
+    const auto fetch = [&](int64 t, Token& out) {
+        load_logits(logits + t * num_experts, num_experts, out.logits);
+        slot_of(t, lane, out);
+    };
     const int64 step = int64(gridDim.x) * BACKWARD_WARPS;
-    for (int64 t = int64(blockIdx.x) * BACKWARD_WARPS + warp; t < router.num_tokens; t += step) {
-        const int* experts = topk_idx + t * top_k;
+    int64 t = int64(blockIdx.x) * BACKWARD_WARPS + warp;
+    Token ahead;
+    if (t < router.num_tokens) fetch(t, ahead);
+    for (; t < router.num_tokens; t += step) {
+        Token token = ahead;
+        if (t + step < router.num_tokens) fetch(t + step, ahead);
         W grad[N] = {};
-        if (experts[0] >= 0) {
-            W l[N], dw[N] = {};
-            load_logits(logits + t * num_experts, num_experts, l);
+        if (__shfl_sync(ALL_LANES, token.expert, 0) >= 0) {
+            W dw[N] = {};
+            const auto& l = token.logits;
             uint32 selected = 0;
             // the weights' gradients, from the lane of the slot to the lane of the expert
             for (int first = 0; first < top_k; first += 32) {
-                int expert = -1;
-                W mine = 0;
-                if (first + lane < top_k) {
-                    expert = experts[first + lane];
-                    const int row = token_rows[t * top_k + first + lane];
-                    if (row >= 0 && row < num_rows) mine = dp_rows[row] * scale;
-                    if (expert >= num_experts) expert = -1;
-                }
+                if (first > 0) slot_of(t, first + lane, token);
+                const int expert = token.expert < num_experts ? token.expert : -1;
+                const bool there = token.row >= 0 && token.row < num_rows;
+                const W mine = there ? dp_rows[token.row] * scale : W(0);
                 const int slots = top_k - first < 32 ? top_k - first : 32;
                 for (int j = 0; j < slots; j++) {
                     const int e = __shfl_sync(ALL_LANES, expert, j);

@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sort_count(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) sort_place(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sort_place(
     const Slots slots, const int* topk_idx, const W* topk_weights, const int* counts, const Plan<W> plan
 ) {
     extern __shared__ uint16 next[];
