@@ -33,12 +33,13 @@ template <> struct TermType<true> { using type = float16; };
 using Term = typename TermType<HALVES>::type;
 
 constexpr int TILE = 128;
-constexpr int DEPTH = 32;                                 // of a stage along the contraction
-constexpr int PIECES = TERMS_A + TERMS_B == 2 ? 2 : 1;    // of 16 deep, that the tensor cores add up
+constexpr int DEPTH = sizeof(TypeA) + sizeof(TypeB) == 4 ? 64 : 32;  // of a stage along the contraction
+constexpr int PIECES = TERMS_A + TERMS_B == 2 ? 2 : 1;  // of 16 deep, that the tensor cores add up
 constexpr int THREADS = 256;
 constexpr int STAGE_BYTES = TILE * DEPTH * int(sizeof(TypeA) + sizeof(TypeB));
-constexpr int STAGES = sizeof(TypeA) + sizeof(TypeB) == 8 ? 3 : 4;  // the same as in dense_gemm.pyx
-constexpr int BLOCKS = TERMS_A + TERMS_B <= 4 ? 2 : 1;              // on a multiprocessor
+constexpr int SHARED_BYTES = 96 * 1024;  // the same as in dense_gemm.pyx
+constexpr int STAGES = SHARED_BYTES / STAGE_BYTES;
+constexpr int BLOCKS = TERMS_A + TERMS_B <= 4 ? 2 : 1;  // on a multiprocessor
 
 // Eight warps. A warp's side along the operand of more terms is the short one: splitting costs the most.
 constexpr bool SPLIT_B = TERMS_B > TERMS_A;
@@ -74,7 +75,7 @@ template <class X, bool ALONG_DEPTH> struct Operand {
     // write and those that the loads below read at the same time.
     static __device__ __forceinline__ uint32 place(int line, int chunk) {
         const int other = sizeof(X) == 4 ? (ALONG_DEPTH ? line & 3 : line / 2 & 3) * 2
-                                         : (ALONG_DEPTH ? line / 2 & 3 : line & 7);
+                                         : (LINE == 4 ? line / 2 & 3 : line & 7);
         return line * LINE_BYTES + (chunk ^ other) * 16;
     }
 

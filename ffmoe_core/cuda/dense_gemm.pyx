@@ -6,15 +6,16 @@ others, and float64, to grouped_gemm_simt.cu.
 
 from libc.stdint cimport int64_t, uintptr_t
 
-from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Array, Space, itemsize
+from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Array, Space
 from .grouped_gemm cimport address, divided_up, in_vectors, sum_parts
 from .launch cimport Parameter, kernel, multiprocessor_count
 
 cdef enum:
     TILE = 128
     THREADS = 256
-    DEPTH = 32  # of a stage of dense_gemm.cu
-    SPLIT_DEPTH = 256  # least contraction worth a block of its own
+    SHARED_BYTES = 96 * 1024  # of dense_gemm.cu
+    STEP = 64  # a part of the contraction is a multiple of
+    SPLIT_DEPTH = 512  # least contraction worth a block of its own, and adding it up
 
 cdef tuple ALL_TYPES = (<int>FLOAT32, <int>FLOAT64, <int>BFLOAT16, <int>FLOAT16)
 
@@ -57,7 +58,7 @@ cdef int dense_gemm(
     # a long contraction with few tiles is split until every multiprocessor has work
     if 2 * tiles <= processors:
         splits = max(1, min(2 * processors // tiles, depth // SPLIT_DEPTH))
-    cdef int split_depth = <int>(divided_up(divided_up(depth, splits), DEPTH) * DEPTH)
+    cdef int split_depth = <int>(divided_up(divided_up(depth, splits), STEP) * STEP)
     cdef int count = <int>divided_up(depth, split_depth) if depth > 0 else 1
     cdef Array parts = None
     if count > 1:
@@ -72,9 +73,7 @@ cdef int dense_gemm(
     cdef bint tensor = (
         out.dtype != FLOAT64 and (width_a | width_b | columns) % 8 == 0 and (addresses | parts_at) % 16 == 0
     )
-    # two operands of four bytes have a stage less
-    cdef int64_t width = itemsize(a.dtype) + itemsize(b.dtype)
-    cdef unsigned int shared = <unsigned int>((3 if width == 8 else 4) * width * TILE * DEPTH) if tensor else 0
+    cdef unsigned int shared = SHARED_BYTES if tensor else 0
     kernel(
         "dense_gemm.cu" if tensor else "grouped_gemm_simt.cu", "dense_gemm",
         (_defines if tensor else _simt_defines)[key], space.device_id, shared,
