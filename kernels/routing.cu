@@ -52,6 +52,9 @@ __device__ __forceinline__ void load_logits(const W* logits, int num_experts, W 
     }
 }
 
+// The largest of the lanes' numbers: as keys, one instruction compares them all. NaN counts as the least.
+__device__ __forceinline__ W warp_largest(W x) { return number_of(warp_max(order_key(x))); }
+
 // What the exponentials of a softmax were relative to, and their sum.
 struct Normaliser {
     W top;
@@ -63,7 +66,7 @@ __device__ __forceinline__ Normaliser softmax(const W (&x)[N], W (&out)[N]) {
     W top = x[0];
 #pragma unroll
     for (int i = 1; i < N; i++) top = x[i] > top ? x[i] : top;
-    top = warp_max(top);
+    top = warp_largest(top);
     W sum = 0;
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -236,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     __syncthreads();
 
     W q_sums[N] = {};
-    W z_sum = 0, entropy_sum = 0;
+    W z_sum = 0, entropy_sum = 0;  // the latter of this lane's experts
     const int64 tokens = slots.chunk / top_k, begin = blockIdx.x * tokens;
     const int64 end = min(begin + tokens, router.num_tokens);
     for (int64 t = begin + warp; t < end; t += WARPS) {
@@ -289,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
                 const W x = score(k);
                 top = x > top ? x : top;
             }
-            top = warp_max(top);
+            top = warp_largest(top);
             W sum = 0;
             for (int k = lane; k < top_k; k += 32) sum += exp(score(k) - top);
             sum = warp_sum(sum);
@@ -311,16 +314,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
             scores = softmax(l, q);
         }
         const W log_sum = log(scores.sum);
-        W entropy = 0;
 #pragma unroll
         for (int i = 0; i < N; i++) {
             q_sums[i] += q[i];
             // -q log q; a score of 0 adds nothing, NaN does
-            if (q[i] != 0) entropy += q[i] * (log_sum - (l[i] - scores.top));
+            if (q[i] != 0) entropy_sum += q[i] * (log_sum - (l[i] - scores.top));
         }
-        entropy_sum += warp_sum(entropy);
     }
 
+    entropy_sum = warp_sum(entropy_sum);
     if (lane == 0) {
         warp_losses[warp][0] = z_sum;
         warp_losses[warp][1] = entropy_sum;
