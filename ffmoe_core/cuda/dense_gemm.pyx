@@ -35,8 +35,10 @@ cdef dict _simt_defines = {key: ("DENSE=1", *defines) for key, defines in _defin
 
 def variants():
     """Every (file, entry, defines) that this module can launch."""
-    tensor = [("dense_gemm.cu", "dense_gemm", defines) for key, defines in _defines.items() if FLOAT64 not in key]
-    return tensor + [("grouped_gemm_simt.cu", "dense_gemm", defines) for defines in _simt_defines.values()]
+    return [
+        *(("dense_gemm.cu", "dense_gemm", defines) for key, defines in _defines.items() if FLOAT64 not in key),
+        *(("grouped_gemm_simt.cu", "dense_gemm", defines) for defines in _simt_defines.values()),
+    ]
 
 
 cdef int dense_gemm(

@@ -181,7 +181,8 @@ def route_backward(
         &router, &logits.data, &topk_idx.data, &tokens_per_expert.data, &token_rows.data, &dp_rows.data,
         &d_losses, &dlogits.data,
     ]
-    cdef int64_t blocks = min(<int64_t>BACKWARD_BLOCKS, (router.num_tokens + BACKWARD_WARPS - 1) // BACKWARD_WARPS)
+    cdef int64_t blocks = (router.num_tokens + BACKWARD_WARPS - 1) // BACKWARD_WARPS
+    blocks = min(blocks, <int64_t>BACKWARD_BLOCKS)
     cdef tuple defines = _DEFINES[logits.dtype, _per_lane(logits)]
     kernel("routing.cu", "route_backward", defines, space.device_id, 0).launch(
         <unsigned int>blocks, 1, 1, 32 * BACKWARD_WARPS, 0, space.stream, params
