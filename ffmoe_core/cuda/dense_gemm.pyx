@@ -36,7 +36,7 @@ cdef dict _simt_defines = {key: ("DENSE=1", *defines) for key, defines in _defin
 def variants():
     """Every (file, entry, defines) that this module can launch."""
     return [
-        *(("dense_gemm.cu", "dense_gemm", defines) for key, defines in _defines.items() if FLOAT64 not in key),
+        *(("dense_gemm.cu", "dense_gemm", defines) for key, defines in _defines.items() if FLOAT64 not in key[:3]),
         *(("grouped_gemm_simt.cu", "dense_gemm", defines) for defines in _simt_defines.values()),
     ]
 
