@@ -208,10 +208,26 @@ def _dispatch_keys() -> tuple[int, int]:
     return _included().raw_repr(), _excluded().raw_repr()
 
 
+class _KeysInBackward(torch.autograd.Function):
+    """Notes the keys that a backward finds: some versions of torch leave out more there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seen: list[tuple[int, int]]) -> Tensor:
+        ctx.seen = seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.seen.append(_dispatch_keys())
+        return grads[0], None
+
+
 def _undisturbed() -> frozenset[tuple[int, int]]:
+    seen = [_dispatch_keys()]
     with torch.inference_mode():
-        inference = _dispatch_keys()
-    return frozenset((_dispatch_keys(), inference))
+        seen.append(_dispatch_keys())
+    _KeysInBackward.apply(torch.zeros((), requires_grad=True), seen).backward()
+    return frozenset(seen)
 
 
 # As they are on a thread where nobody has switched on anything; this one may be under some mode right now.

@@ -7,7 +7,7 @@
 //
 // Defines: X_TYPE (code of types.cuh); TILE_COLUMNS: 256, for long contractions of wide matrices, or 128, of
 // which two blocks share a multiprocessor and hide each other's start and end. Then one of
-//   TRANSPOSE_B=0|1, OUT_TYPE         grouped_gemm
+//   TRANSPOSE_B=0|1                   grouped_gemm
 //   WGRAD, OUT_TYPE, ACCUMULATE=0|1   grouped_gemm_wgrad
 //   GLU, ACTIVATION                   grouped_glu
 //   GLU_BACKWARD, ACTIVATION          grouped_glu_backward
@@ -291,7 +291,7 @@ __device__ __forceinline__ ContractionMajor<TILE_ROWS> gathered_rows(
 
 // out[r, n] = sum_k a[row_index[r], k] b[e][n, k]   (TRANSPOSE_B 1)   or   b[e][k, n]   (0)
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm(
-    const X* a, const X* b, const int* offsets, const int* row_index, type_of<OUT_TYPE>* out,
+    const X* a, const X* b, const int* offsets, const int* row_index, X* out,
     int num_groups, int num_rows, int depth, int columns, int column_tiles
 ) {
     const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, offsets, num_groups, num_rows, column_tiles);

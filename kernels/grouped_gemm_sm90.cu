@@ -10,10 +10,10 @@
 //
 // Defines: X_TYPE (code of types.cuh), SHARE_A=0|1, GATHER (the block's own operand has rows that an index names),
 // and one of
-//   TRANSPOSE_B=0|1 and OUT_TYPE     grouped_gemm
+//   TRANSPOSE_B=0|1                  grouped_gemm
 //   WGRAD, OUT_TYPE, ACCUMULATE=0|1  grouped_gemm_wgrad
-//   GLU and ACTIVATION               grouped_glu
-//   GLU_BACKWARD and ACTIVATION      grouped_glu_backward
+//   GLU, ACTIVATION                  grouped_glu
+//   GLU_BACKWARD, ACTIVATION         grouped_glu_backward
 
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
 #error "grouped_gemm_sm90.cu is for sm_90a"
@@ -451,7 +451,7 @@ struct Nothing {
 // out[r, n] = sum_k a[row_index[r], k] b[e][n, k]   (TRANSPOSE_B 1)   or   b[e][k, n]   (0)
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm(
     const X* a, const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
-    const int* offsets, const int* row_index, type_of<OUT_TYPE>* out,
+    const int* offsets, const int* row_index, X* out,
     int num_groups, int num_rows, int depth, int columns, int column_tiles
 ) {
     const Rows rows = {a, a_map, offsets, row_index, num_groups, num_rows, depth, column_tiles};

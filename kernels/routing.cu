@@ -222,7 +222,7 @@ template <int THREADS> __device__ void add_up(const Router& router, const Sums& 
     }
 }
 
-// A block takes `slots.chunk` / K tokens. A single one also adds up the sums and, unless plan.token_rows is
+// A block takes `slots.chunk` / K tokens. A single one also adds up the sums and, unless plan.expert_offsets is
 // NULL, makes the plan; of many, that is left to `route_plan`.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     const Router router, const Slots slots, const W* logits, const float* expert_bias,
@@ -350,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     if (gridDim.x > 1) return;
     __syncthreads();
     add_up<32 * WARPS>(router, sums, 1);
-    if (plan.token_rows == nullptr) return;
+    if (plan.expert_offsets == nullptr) return;
     place_chunk<32 * WARPS>(slots, 0, topk_idx, topk_weights, sums.counts, plan, next);
 }
 

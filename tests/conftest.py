@@ -23,8 +23,9 @@ settings.load_profile("ffmoe")
 # Read by the OpenMP runtime when it is loaded, so set before anything of ours is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Tests choose checked mode themselves, whatever the environment says.
+# Tests choose checked mode and kernels themselves, whatever the environment says.
 os.environ.pop("FFMOE_CHECK", None)
+os.environ.pop("FFMOE_PORTABLE_KERNELS", None)
 
 
 @functools.cache

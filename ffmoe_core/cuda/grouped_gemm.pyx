@@ -46,7 +46,7 @@ cdef list PATHS = [(path, x) for path in range(3) for x in (ALL_TYPES if path ==
 # by path, dtype and then the kernel's own choice
 cdef dict _gemm = {
     (path, x, transpose_b): _typed(path, x, x)
-    + (("GEMM=1",) if path == SIMT else (f"OUT_TYPE={x}",))
+    + (("GEMM=1",) if path == SIMT else ())
     + (f"TRANSPOSE_B={transpose_b}",)
     for path, x in PATHS
     for transpose_b in (0, 1)

@@ -25,9 +25,7 @@ cdef tuple TYPES = (<int>BFLOAT16, <int>FLOAT16)
 # --- variants: what each kernel is compiled with, by dtype and then the kernel's own choice ---
 
 cdef dict _gemm = {
-    (x, gather, transpose_b): (
-        f"X_TYPE={x}", "SHARE_A=0", f"GATHER={gather}", f"TRANSPOSE_B={transpose_b}", f"OUT_TYPE={x}"
-    )
+    (x, gather, transpose_b): (f"X_TYPE={x}", "SHARE_A=0", f"GATHER={gather}", f"TRANSPOSE_B={transpose_b}")
     for x in TYPES
     for gather in (0, 1)
     for transpose_b in (0, 1)

@@ -23,3 +23,4 @@ cdef class Kernel:
 cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned int dynamic_smem)
 cdef int multiprocessor_count(int device_id) except -1
 cdef int compute_capability(int device_id) except -1
+cdef int ensure_context(int device_id) except -1

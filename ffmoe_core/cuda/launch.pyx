@@ -48,6 +48,13 @@ cdef dict multiprocessors = {}
 cdef dict capabilities = {}
 
 
+cdef _Driver drive():
+    global driver
+    if driver is None:
+        driver = _Driver()
+    return driver
+
+
 cdef class Kernel:
     """One compiled variant, loaded on one device."""
 
@@ -86,7 +93,6 @@ cdef object launch_error(str name, int error, tuple grid, unsigned int block, un
 
 cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned int dynamic_smem):
     """The variant, compiled and loaded at its first use."""
-    global driver
     cdef tuple key = (file, entry, defines, device_id)
     cdef object found = kernels.get(key)
     cdef Kernel made
@@ -94,8 +100,7 @@ cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned i
     if found is not None:
         return <Kernel>found
     keep_alive, address = load_function(file, entry, defines, device_id, dynamic_smem)
-    if driver is None:
-        driver = _Driver()
+    drive()
     made = Kernel.__new__(Kernel)
     made.function = <void*><uintptr_t>address
     made.keep_alive = keep_alive
@@ -107,6 +112,17 @@ cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned i
     made.context = before
     kernels[key] = made
     return made
+
+
+cdef int ensure_context(int device_id) except -1:
+    """A thread without any context, such as autograd's, gets the device's."""
+    cdef void* current = NULL
+    drive().get_context(&current)
+    if current == NULL:
+        cupy = import_cupy()
+        with cupy.cuda.Device(device_id):
+            cupy.cuda.runtime.free(0)
+    return 0
 
 
 cdef int compute_capability(int device_id) except -1:

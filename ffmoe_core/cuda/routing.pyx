@@ -148,7 +148,7 @@ cdef int _route(
     sums.results = losses.data
     cdef char* bias = expert_bias.data if expert_bias is not None else NULL
     cdef char* mask = valid_mask.data if valid_mask is not None else NULL
-    cdef bint planned = plan.token_rows != NULL
+    cdef bint planned = plan.expert_offsets != NULL  # the others may be empty
 
     cdef Parameter[9] params = [
         &router, &slots, &logits.data, &bias, &mask, &topk_idx.data, &topk_weights.data, &sums, &plan

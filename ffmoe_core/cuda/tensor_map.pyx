@@ -7,6 +7,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from ..arrays cimport BFLOAT16, Array
 
 from ..errors import KernelError
+from .launch cimport ensure_context
 
 ctypedef int (*Encode)(
     void* out, int dtype, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides,
@@ -48,6 +49,7 @@ cdef int map_matrices(
     cdef int error
     if encode == NULL:
         resolve()
+    ensure_context(array.device_id)  # the driver wants one, any
     out.at = <void*>((<uintptr_t>out.memory + MAP_ALIGNMENT - 1) & ~<uintptr_t>(MAP_ALIGNMENT - 1))
     error = encode(
         out.at, TYPE_BFLOAT16 if array.dtype == BFLOAT16 else TYPE_FLOAT16, 3, array.data, dims, strides, box, ones,

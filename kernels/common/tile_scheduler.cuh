@@ -25,8 +25,8 @@ struct Tile {
 };
 
 // The index-th tile over groups whose rows are offsets[g]..offsets[g+1]; then over the rows that follow the
-// last group, up to num_rows. Without offsets all rows are one group. To be called by all threads of the
-// block; costs a pass of a warp over the offsets.
+// last group, up to num_rows. To be called by all threads of the block; costs a pass of a warp over the
+// offsets.
 template <int ROWS>
 __device__ Tile find_tile(int index, const int* offsets, int num_groups, int num_rows, int column_tiles) {
     constexpr int PER_LANE = 8;
@@ -35,42 +35,39 @@ __device__ Tile find_tile(int index, const int* offsets, int num_groups, int num
         int before;              // row tiles of the groups before it
     };
     __shared__ Found shared_found;
-    Found found = {0, 0, num_rows, 0};
-    if (offsets != nullptr) {
-        if (threadIdx.x < 32) {
-            const int lane = threadIdx.x, ordinal = index / column_tiles;
-            if (lane == 0) shared_found = {0, 0, 0, ordinal};
-            __syncwarp();
-            int before = 0;
-            for (int base = 0; base <= num_groups && before <= ordinal; base += 32 * PER_LANE) {
-                const int group = base + lane * PER_LANE;
-                int starts[PER_LANE + 1], tiles[PER_LANE], through = 0;
+    if (threadIdx.x < 32) {
+        const int lane = threadIdx.x, ordinal = index / column_tiles;
+        if (lane == 0) shared_found = {0, 0, 0, ordinal};
+        __syncwarp();
+        int before = 0;
+        for (int base = 0; base <= num_groups && before <= ordinal; base += 32 * PER_LANE) {
+            const int group = base + lane * PER_LANE;
+            int starts[PER_LANE + 1], tiles[PER_LANE], through = 0;
 #pragma unroll
-                for (int i = 0; i <= PER_LANE; ++i)
-                    starts[i] = group + i <= num_groups ? offsets[group + i] : num_rows;
+            for (int i = 0; i <= PER_LANE; ++i)
+                starts[i] = group + i <= num_groups ? offsets[group + i] : num_rows;
 #pragma unroll
-                for (int i = 0; i < PER_LANE; ++i) {
-                    tiles[i] = int((uint32(starts[i + 1] - starts[i]) + ROWS - 1) / ROWS);
-                    through += tiles[i];
-                }
-                const int mine = through;
-                for (int step = 1; step < 32; step *= 2) {
-                    const int other = __shfl_up_sync(0xffffffffu, through, step);
-                    if (lane >= step) through += other;
-                }
-                int at = before + through - mine;
-#pragma unroll
-                for (int i = 0; i < PER_LANE; ++i) {
-                    if (ordinal >= at && ordinal < at + tiles[i])
-                        shared_found = {group + i, starts[i], starts[i + 1], at};
-                    at += tiles[i];
-                }
-                before += __shfl_sync(0xffffffffu, through, 31);
+            for (int i = 0; i < PER_LANE; ++i) {
+                tiles[i] = int((uint32(starts[i + 1] - starts[i]) + ROWS - 1) / ROWS);
+                through += tiles[i];
             }
+            const int mine = through;
+            for (int step = 1; step < 32; step *= 2) {
+                const int other = __shfl_up_sync(0xffffffffu, through, step);
+                if (lane >= step) through += other;
+            }
+            int at = before + through - mine;
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) {
+                if (ordinal >= at && ordinal < at + tiles[i])
+                    shared_found = {group + i, starts[i], starts[i + 1], at};
+                at += tiles[i];
+            }
+            before += __shfl_sync(0xffffffffu, through, 31);
         }
-        __syncthreads();
-        found = shared_found;
     }
+    __syncthreads();
+    const Found found = shared_found;
     const int row_tiles = int((uint32(found.last - found.first) + ROWS - 1) / ROWS);
     const Place place = place_in_panels(index - found.before * column_tiles, row_tiles, column_tiles);
     const int first = found.first + place.row * ROWS;

@@ -11,14 +11,12 @@ struct TileList {
     int first_row[MOST_GROUPS + 2];  // of each group, of the rows behind the last group, and the end
     int first_tile[MOST_GROUPS + 2];
 
-    // By the first warp, which the block must wait for. Without offsets all rows are one group.
+    // By the first warp, which the block must wait for.
     __device__ void fill(const int* offsets, int num_groups, int num_rows, int tile_rows, int column_tiles) {
         int tiles_before = 0;
         for (int base = 0; base <= num_groups; base += 32) {
             const int group = base + threadIdx.x;
-            const auto begin_of = [&](int g) {
-                return g > num_groups ? num_rows : offsets != nullptr ? offsets[g] : g == 0 ? 0 : num_rows;
-            };
+            const auto begin_of = [&](int g) { return g > num_groups ? num_rows : offsets[g]; };
             const int begin = begin_of(group), rows = begin_of(group + 1) - begin;
             const int tiles = int((uint32(rows) + tile_rows - 1) / tile_rows) * column_tiles;
             const int through = tiles_before + warp_inclusive_scan(tiles);

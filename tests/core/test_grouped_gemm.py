@@ -1,5 +1,7 @@
 """The grouped products, plain and fused with the activation and its gradient."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +10,16 @@ from hypothesis import strategies as st
 from ffmoe_core import grouped_gemm, grouped_gemm_wgrad
 from tests import reference
 from tests.core.checks import call_stage
-from tests.support import DTYPES, TOLERANCE, assert_close, numbers, rounded, router_dtype
+from tests.support import (
+    DTYPES,
+    TOLERANCE,
+    CupyKind,
+    NumpyKind,
+    assert_close,
+    numbers,
+    rounded,
+    router_dtype,
+)
 
 ACTIVATIONS = ("swiglu", "geglu", "relu_squared")
 # One rounding to the dtype, and the errors of float32 (float64) arithmetic before it.
@@ -18,6 +29,27 @@ ONE_ROUNDING = {
     "float16": (1.02 * 2**-11, 2e-6),
     "bfloat16": (1.02 * 2**-8, 2e-6),
 }
+
+
+# Where a GPU has kernels of its own architecture, those that run on every one are tested too.
+GPU_KERNELS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "cupy-portable")]
+
+
+@pytest.fixture(scope="module", params=["numpy", *GPU_KERNELS])
+def kind(request):
+    yield from kind_of(request.param)
+
+
+@pytest.fixture(scope="module", params=GPU_KERNELS)
+def cupy_kind(request):
+    yield from kind_of(request.param)
+
+
+def kind_of(name):
+    if name == "cupy-portable":
+        os.environ["FFMOE_PORTABLE_KERNELS"] = "1"
+    yield NumpyKind() if name == "numpy" else CupyKind()
+    os.environ.pop("FFMOE_PORTABLE_KERNELS", None)
 
 
 def assert_rounded_once(got, want, dtype, what):
@@ -182,7 +214,6 @@ def test_wgrad_of_more_than_one_tile(kind, rows, left, right, dtype):
         assert (got[e] == rounded(a[mine].T @ b[mine], dtype)).all()
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("out_dtype", ["float32", "same"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -219,6 +250,79 @@ def test_wgrad_into_sums(kind, left, right, dtype):
     once = numbers(kind, out)
     assert grouped_gemm_wgrad(*arrays, out=out, accumulate=True) is out
     assert np.array_equal(numbers(kind, out), 2 * once)
+
+
+# Groups around every size of a tile, some empty, and in all more tiles than a GPU has multiprocessors; 77 rows
+# are nobody's.
+MANY_TILES = np.cumsum(
+    [0, 0, 1, 63, 64, 65, 127, 128, 129, 0, 191, 192, 193, 255, 256, 257, 320, 385, 511, 512, 513, 0, 1000]
+)
+MANY_ROWS = MANY_TILES[-1] + 77
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_more_tiles_than_blocks(cupy_kind, indexed, dtype):
+    """A block that takes several tiles, each as exact as the first; widths that fill no tile."""
+    rng, experts = np.random.default_rng(6), len(MANY_TILES) - 1
+    inner, columns = 200, 600
+    index = rng.integers(0, 500, MANY_ROWS) if indexed else None
+    a = whole_numbers(rng, 500 if indexed else MANY_ROWS, inner)
+    b, d = whole_numbers(rng, experts, columns, inner), whole_numbers(rng, MANY_ROWS, columns)
+    arrays = [cupy_kind.array(v, dtype) for v in (a, b, d)]
+    offsets = cupy_kind.array(MANY_TILES, "int32")
+    picks = None if index is None else cupy_kind.array(index, "int32")
+    out = cupy_kind.full((MANY_ROWS, columns), np.nan, dtype)
+    grouped_gemm(arrays[0], arrays[1], offsets, row_index=picks, out=out)
+    back = cupy_kind.full((MANY_ROWS, inner), np.nan, dtype)
+    grouped_gemm(arrays[2], arrays[1], offsets, transpose_b=False, out=back)
+    left, right = (
+        cupy_kind.full((experts, *shape), np.nan, dtype) for shape in ((columns, inner), (inner, columns))
+    )
+    grouped_gemm_wgrad(arrays[2], arrays[0], offsets, b_index=picks, out=left)
+    grouped_gemm_wgrad(arrays[0], arrays[2], offsets, a_index=picks, out=right)
+    out, back, left, right = (numbers(cupy_kind, v) for v in (out, back, left, right))
+    rows = a if index is None else a[index]
+    for e in range(experts):
+        mine = slice(MANY_TILES[e], MANY_TILES[e + 1])
+        assert (out[mine] == rounded(rows[mine] @ b[e].T, dtype)).all()
+        assert (back[mine] == rounded(d[mine] @ b[e], dtype)).all()
+        gradient = rounded(d[mine].T @ rows[mine], dtype)
+        assert (left[e] == gradient).all()
+        assert (right[e] == gradient.T).all()
+    assert (out[MANY_TILES[-1] :] == 0).all()
+    assert (back[MANY_TILES[-1] :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_glu_of_more_tiles_than_blocks(cupy_kind, activation, dtype):
+    rng, experts = np.random.default_rng(7), len(MANY_TILES) - 1
+    hidden, width = 136, 328
+    x = rounded(rng.standard_normal((500, hidden)), dtype)
+    w_up = rounded(rng.standard_normal((experts, 2 * width, hidden)) / hidden**0.5, dtype)
+    w_down = rounded(rng.standard_normal((experts, hidden, width)) / hidden**0.5, dtype)
+    index, weights = rng.integers(0, 500, MANY_ROWS), rounded(rng.random(MANY_ROWS), "float32")
+    z = cupy_kind.full((MANY_ROWS, 2 * width), np.nan, dtype)
+    a, pa = (cupy_kind.full((MANY_ROWS, width), np.nan, dtype) for _ in range(2))
+    dz, dp = cupy_kind.full(z.shape, np.nan, dtype), cupy_kind.full((MANY_ROWS,), np.nan, "float32")
+    tokens, offsets = cupy_kind.array(x, dtype), cupy_kind.array(MANY_TILES, "int32")
+    picks = cupy_kind.array(index, "int32")
+    call_stage(
+        cupy_kind, "grouped_glu", tokens, cupy_kind.array(w_up, dtype), offsets, picks, activation, z, a
+    )
+    got_z = numbers(cupy_kind, z)
+    want_z, want_a = reference.grouped_glu(x, w_up, MANY_TILES, index, activation)
+    assert_rounded_once(got_z, want_z, dtype, "z")
+    assert_rounded_once(numbers(cupy_kind, a), want_a, dtype, "a")
+    call_stage(
+        cupy_kind, "grouped_glu_backward", tokens, cupy_kind.array(w_down, dtype), offsets, picks,
+        cupy_kind.array(weights, "float32"), z, activation, dz, pa, dp,
+    )  # fmt: skip
+    wanted = reference.grouped_glu_backward(x, w_down, MANY_TILES, index, weights, got_z, activation)
+    assert_rounded_once(numbers(cupy_kind, dz), wanted[0], dtype, "dz")
+    assert_rounded_once(numbers(cupy_kind, pa), wanted[1], dtype, "pa")
+    assert_close(numbers(cupy_kind, dp), wanted[2], "float32", "dp", scale=1.0)
 
 
 @st.composite
