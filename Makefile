@@ -39,7 +39,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help build demo test lint format gpu-test bench-cpu tables dist clean
+.PHONY: help build demo test lint format gpu-test bench-cpu bench-gpu tables dist clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -70,6 +70,9 @@ gpu-test: build  ## all tests and sanitizers on an NVIDIA GPU, recorded in bench
 
 bench-cpu: build  ## time a layer on the CPU beside its peers, recorded in benchmarks/results/
 	$(PY) benchmarks/cpu_layer.py $(ARGS)
+
+bench-gpu: build  ## time a layer on a GPU beside its peers, recorded in benchmarks/results/
+	$(PY) benchmarks/layer.py $(ARGS)
 
 tables: build  ## write README's tables from benchmarks/results/
 	$(PY) benchmarks/readme_tables.py

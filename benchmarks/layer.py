@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 import layer_plot
+from ffmoe_core import grouped_gemm
 from memory_kept import SHAPES, Shape
 from peers import CONTENDERS, Contender, Problem, UnavailableError, reference, versions
 from record import RESULTS, environment, sources_digest, write
@@ -82,16 +83,26 @@ class Clock:
 
 
 def ceilings(clock: Clock) -> dict[str, float]:
-    """What the card does today: bfloat16 TFLOP/s of an 8192^3 product, GB/s read plus written of a copy."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product_ms = clock.median(lambda: a @ b.T)
+    """What the card does today: bfloat16 TFLOP/s of an 8192^3 product by cuBLAS, and by grouped_gemm with one
+    group, weights as [N, K] and as [K, N]; GB/s read plus written of a copy."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    offsets = torch.tensor([0, size], dtype=torch.int32, device="cuda")
+    out = torch.empty_like(a)
+    products = {
+        "product_tflops": lambda: torch.mm(a, b.T, out=out),
+        "grouped_gemm_nk_tflops": lambda: grouped_gemm(a, b[None], offsets, out=out, validate=False),
+        "grouped_gemm_kn_tflops": lambda: grouped_gemm(
+            a, b[None], offsets, transpose_b=False, out=out, validate=False
+        ),
+    }
+    rates = {
+        name: round(2 * size**3 / clock.median(product) / 1e9, 1) for name, product in products.items()
+    }
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy_ms = clock.median(lambda: target.copy_(source))
-    return {
-        "product_tflops": round(2 * 8192**3 / product_ms / 1e9, 1),
-        "copy_gbps": round(2 * source.numel() / copy_ms / 1e6, 1),
-    }
+    return {**rates, "copy_gbps": round(2 * source.numel() / copy_ms / 1e6, 1)}
 
 
 def direction_calls(contender: Contender) -> dict[str, Callable[[], object]]:

@@ -1,15 +1,16 @@
 // Grouped products of 16-bit matrices on Hopper's tensor cores (sm_90a: wgmma, TMA, clusters).
 //
-// A block's tile is 128 rows by 256 columns, or with SHARE_A 256 by 128. The two blocks of a cluster take tiles that
-// have the 256 in common: that operand ("shared") is fetched once, half by each block, and sent to both. Without that
-// the second-level cache could not keep up. The other operand is the block's own.
+// A block's tile is 128 rows by 256 columns, or with SHARE_A 256 by 128. The two blocks of a cluster take
+// tiles that have the 256 in common: that operand ("shared") is fetched once, half by each block, and sent to
+// both. Without that the second-level cache could not keep up. The other operand is the block's own.
 //
-// A block stays and takes one tile after the other. Its first warpgroup keeps a ring of stages filled, 64 deep each,
-// with the copy engine's boxes and with rows gathered by cp.async. The other two warpgroups multiply, every other
-// 64 rows each, and finish the sums in registers. All widths must divide by 8 and all arrays be 16-byte aligned.
+// A block stays and takes one tile after the other. Its first warpgroup keeps a ring of stages filled, 64
+// deep each, with the copy engine's boxes and with rows gathered by cp.async. The other two warpgroups
+// multiply, every other 64 rows each, and finish the sums in registers. All widths must divide by 8 and all
+// arrays be 16-byte aligned.
 //
-// Defines: X_TYPE (code of types.cuh), SHARE_A=0|1, GATHER (the block's own operand has rows that an index names),
-// and one of
+// Defines: X_TYPE (code of types.cuh), SHARE_A=0|1, GATHER (the block's own operand has rows that an index
+// names), and one of
 //   TRANSPOSE_B=0|1                  grouped_gemm
 //   WGRAD, OUT_TYPE, ACCUMULATE=0|1  grouped_gemm_wgrad
 //   GLU, ACTIVATION                  grouped_glu
@@ -57,7 +58,9 @@ struct Shared {
 };
 extern __shared__ __align__(1024) unsigned char stages[];
 
-__device__ __forceinline__ Shared& shared() { return *reinterpret_cast<Shared*>(stages + STAGES * STAGE_BYTES); }
+__device__ __forceinline__ Shared& shared() {
+    return *reinterpret_cast<Shared*>(stages + STAGES * STAGE_BYTES);
+}
 
 // A place in the ring of stages, the same for who fills and who reads.
 struct Ring {
@@ -118,11 +121,12 @@ __device__ __forceinline__ const X* row_at(const X* base, int row, int pitch) {
     return at;
 }
 
-// OWN columns of a matrix of which an index names the rows that are the contraction; those that are missing become
-// zeros. A warp copies 16 rows of a stage. It has the index of the next stages fetched to shared memory, as it is
-// needed to issue the copies, and waiting for it there would leave the stages empty.
+// OWN columns of a matrix of which an index names the rows that are the contraction; those that are missing
+// become zeros. A warp copies 16 rows of a stage. The index of the next stages is on its way to shared memory
+// meanwhile: it is needed to issue the copies, and waiting for it there would leave the stages empty.
 struct GatheredColumns {
-    static constexpr int CHUNKS = OWN / 8, STRIDE = 32 / CHUNKS, ROWS = DEPTH / (WARPGROUP / 32), COPIES = ROWS / STRIDE;
+    static constexpr int CHUNKS = OWN / 8, STRIDE = 32 / CHUNKS;
+    static constexpr int ROWS = DEPTH / (WARPGROUP / 32), COPIES = ROWS / STRIDE;
     const X* base;  // at this thread's columns
     const int* index;
     int pitch;      // bytes
@@ -146,7 +150,8 @@ struct GatheredColumns {
         const int at = first + lane();
         if (lane() < ROWS)
             copy4_async(
-                shared_address(&shared().rows[stage][warp() * ROWS + lane()]), index + min(at, rows - 1), at < rows
+                shared_address(&shared().rows[stage][warp() * ROWS + lane()]), index + min(at, rows - 1),
+                at < rows
             );
     }
     // rows: of the whole contraction
@@ -175,7 +180,9 @@ struct GatheredColumns {
 
 // SIZE columns of the last rows of a contraction, fewer than DEPTH of them; the missing ones become zeros.
 template <int SIZE>
-__device__ __forceinline__ void copy_last_rows(uint32 to, const X* matrix, int columns, int first_column, int rows) {
+__device__ __forceinline__ void copy_last_rows(
+    uint32 to, const X* matrix, int columns, int first_column, int rows
+) {
     constexpr int CHUNKS = SIZE / 8, STRIDE = WARPGROUP / CHUNKS;
     const int chunk = threadIdx.x % CHUNKS, column = first_column + chunk * 8;
     to += chunk / 8 * TILE_MAJOR_STRIDE;
@@ -183,8 +190,8 @@ __device__ __forceinline__ void copy_last_rows(uint32 to, const X* matrix, int c
     for (int at = threadIdx.x / CHUNKS; at < DEPTH; at += STRIDE) {
         const bool there = at < rows && column < columns;
         copy16_async(
-            to + at * SWIZZLE_BYTES + ((chunk % 8 ^ at % 8) << 4), matrix + (there ? int64(at) * columns + column : 0),
-            there
+            to + at * SWIZZLE_BYTES + ((chunk % 8 ^ at % 8) << 4),
+            matrix + (there ? int64(at) * columns + column : 0), there
         );
     }
 }
@@ -201,7 +208,9 @@ __device__ __forceinline__ void copy_boxes(uint32 to, int first, int k, CopyBox 
 }
 // To this block, or to every block of the cluster.
 template <int SIZE, bool TILE_MAJOR>
-__device__ __forceinline__ void copy_own(uint32 to, const TensorMap& map, int first, int k, int matrix, uint32 full) {
+__device__ __forceinline__ void copy_own(
+    uint32 to, const TensorMap& map, int first, int k, int matrix, uint32 full
+) {
     copy_boxes<SIZE, TILE_MAJOR>(to, first, k, [&](uint32 at, int x, int y) {
         copy_box(at, map, x, y, matrix, full);
     });
@@ -266,8 +275,8 @@ __device__ __forceinline__ void pass_tile(Ring& ring, int steps) {
 }
 
 // --- finishing ---
-// A thread's sums[m][n][2 half + i] are of row tile_row(m, half) and column 8 n + 2 (lane % 4) + i of the tile. The
-// epilogues take 32 columns at a time.
+// A thread's sums[m][n][2 half + i] are of row tile_row(m, half) and column 8 n + 2 (lane % 4) + i of the
+// tile. The epilogues take 32 columns at a time.
 
 __device__ __forceinline__ int lane_column() { return lane() % 4 * 8; }
 __device__ __forceinline__ int tile_row(int m, int half) {
@@ -314,7 +323,8 @@ __device__ __forceinline__ void store_tile(const Sums& sums, int rows, int colum
 }
 
 // Zeros in this warpgroup's part of a tile that has no product.
-template <class Out> __device__ __forceinline__ void clear_tile(Out* out, int rows, int columns, int64 pitch) {
+template <class Out>
+__device__ __forceinline__ void clear_tile(Out* out, int rows, int columns, int64 pitch) {
     constexpr int WIDTH = VECTOR_WIDTH<Out>, CHUNKS = TILE_COLUMNS / WIDTH;
     for (int m = 0; m < BLOCKS; ++m)
         for (int i = threadIdx.x % WARPGROUP; i < 64 * CHUNKS; i += WARPGROUP) {
@@ -325,8 +335,8 @@ template <class Out> __device__ __forceinline__ void clear_tile(Out* out, int ro
 
 // --- roles ---
 
-// The block's threads part: the first warpgroup does fetch_all(), the others multiply_all(). So many arrivals tell
-// that a stage has come.
+// The block's threads part: the first warpgroup does fetch_all(), the others multiply_all(). So many arrivals
+// tell that a stage has come.
 template <class Fetch, class Multiply>
 __device__ __forceinline__ void part(int arrivals, Fetch fetch_all, Multiply multiply_all) {
     if (threadIdx.x == WARPGROUP) {
@@ -386,8 +396,8 @@ struct Walk {
     }
 };
 
-// For every tile: its product, then finish(sums, tile); or clear(tile) for rows that are nobody's. For a step,
-// copy_part(to, tile, k, full) is called in one thread for this block's part of the second operand;
+// For every tile: its product, then finish(sums, tile); or clear(tile) for rows that are nobody's. For a
+// step, copy_part(to, tile, k, full) is called in one thread for this block's part of the second operand;
 // look_ahead(tile) in all fetching threads, shortly before the product ends.
 template <bool TILE_MAJOR_B, class CopyPart, class LookAhead, class Finish, class Clear>
 __device__ __forceinline__ void multiply_rows(
@@ -456,11 +466,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
 ) {
     const Rows rows = {a, a_map, offsets, row_index, num_groups, num_rows, depth, column_tiles};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
-        copy_to_all<PART, !TRANSPOSE_B>(to, b_map, tile.column * SHARED + cluster_rank() * PART, k, tile.group, full);
+        const int first = tile.column * SHARED + cluster_rank() * PART;
+        copy_to_all<PART, !TRANSPOSE_B>(to, b_map, first, k, tile.group, full);
     };
     const auto finish = [&](const Sums& sums, const Tile& tile) {
         const int first = tile.column * TILE_COLUMNS;
-        store_tile<false>(sums, tile.count, columns - first, out + int64(tile.first) * columns + first, columns);
+        X* to = out + int64(tile.first) * columns + first;
+        store_tile<false>(sums, tile.count, columns - first, to, columns);
     };
     const auto clear = [&](const Tile& tile) {
         const int first = tile.column * TILE_COLUMNS;
@@ -482,7 +494,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
 ) {
     const Rows rows = {x, x_map, offsets, row_index, num_groups, num_rows, depth, column_tiles};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
-        copy_to_all<PART, false>(to, w_map, tile.column * GATE_COLUMNS, k, 2 * tile.group + cluster_rank(), full);
+        const int matrix = 2 * tile.group + cluster_rank();
+        copy_to_all<PART, false>(to, w_map, tile.column * GATE_COLUMNS, k, matrix, full);
     };
     const auto finish = [&](const Sums& sums, const Tile& tile) {
 #pragma unroll
@@ -530,8 +543,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
 
 #elif defined(GLU_BACKWARD)
 
-// Brings the next 32 columns to the front. An epilogue as long as this one takes them in a loop: code that names
-// every register once does not fit the instruction cache, and costs more than the product.
+// Brings the next 32 columns to the front. An epilogue as long as this one takes them in a loop: code that
+// names every register once does not fit the instruction cache, and costs more than the product.
 constexpr int PIECE_COLUMNS = 32;
 __device__ __forceinline__ void shift_piece(Sums& sums) {
 #pragma unroll
@@ -545,7 +558,8 @@ __device__ __forceinline__ void shift_piece(Sums& sums) {
 // da'[r] = w_down[e]^T dout[row_index[r]]; from it dz, p*a, and for each tile's columns their part of dp
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_glu_backward(
     const X* dout, const __grid_constant__ TensorMap dout_map, const __grid_constant__ TensorMap w_map,
-    const int* offsets, const int* row_index, const float* row_weights, const X* z, X* dz, X* pa, float* dp_parts,
+    const int* offsets, const int* row_index, const float* row_weights, const X* z, X* dz, X* pa,
+    float* dp_parts,
     int num_groups, int num_rows, int depth, int intermediate, int column_tiles
 ) {
     const Rows rows = {dout, dout_map, offsets, row_index, num_groups, num_rows, depth, column_tiles};
@@ -603,8 +617,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                 gather_columns(da);
                 if (row < tile.count && column < intermediate)
                     dots[half] += store_glu_gradient(
-                        Streamed(), ACTIVATION, da, weights[half], gate, up, dz + at * 2 * intermediate + column,
-                        pa + at * intermediate + column, intermediate
+                        Streamed(), ACTIVATION, da, weights[half], gate, up,
+                        dz + at * 2 * intermediate + column, pa + at * intermediate + column, intermediate
                     );
             }
         }
@@ -631,8 +645,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
 
 #elif defined(WGRAD)
 
-// out[e][m, n] (+)= sum over the rows r of e of a[r, m] b[r, n]; with GATHER the block's own operand, b if SHARE_A
-// and else a, has row index[r] instead
+// out[e][m, n] (+)= sum over the rows r of e of a[r, m] b[r, n]; with GATHER the block's own operand, b if
+// SHARE_A and else a, has row index[r] instead
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm_wgrad(
     const X* a, const __grid_constant__ TensorMap a_map, const X* b, const __grid_constant__ TensorMap b_map,
     const int* offsets, const int* index, type_of<OUT_TYPE>* out,
@@ -658,7 +672,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         const X* common = SHARE_A ? a : b;
         const TensorMap& own_map = SHARE_A ? b_map : a_map;
         const TensorMap& common_map = SHARE_A ? a_map : b_map;
-        const int own_columns = SHARE_A ? b_columns : a_columns, common_columns = SHARE_A ? a_columns : b_columns;
+        const int own_columns = SHARE_A ? b_columns : a_columns;
+        const int common_columns = SHARE_A ? a_columns : b_columns;
         GatheredColumns gathered;
         Ring ring;
         for (int at = first_tile(); at < tiles; at += tile_stride()) {
@@ -676,9 +691,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                 if (threadIdx.x == 0) {
                     arrive_expecting(ring.full(), whole ? SHARED_BYTES + (GATHER ? 0 : OWN_BYTES) : 0);
                     if (whole) {
-                        copy_to_all<PART, true>(
-                            ring.common_part(), common_map, common_first + cluster_rank() * PART, row, 0, ring.full()
-                        );
+                        const int first = common_first + cluster_rank() * PART;
+                        copy_to_all<PART, true>(ring.common_part(), common_map, first, row, 0, ring.full());
                         if (!GATHER) copy_own<OWN, true>(ring.own(), own_map, own_first, row, 0, ring.full());
                     }
                 }
@@ -689,7 +703,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                         ring.common(), common + first * common_columns, common_columns, common_first, left
                     );
                     if (!GATHER)
-                        copy_last_rows<OWN>(ring.own(), own + first * own_columns, own_columns, own_first, left);
+                        copy_last_rows<OWN>(
+                            ring.own(), own + first * own_columns, own_columns, own_first, left
+                        );
                 }
                 arrive_after_copies(ring.full());
             }

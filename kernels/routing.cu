@@ -222,8 +222,8 @@ template <int THREADS> __device__ void add_up(const Router& router, const Sums& 
     }
 }
 
-// A block takes `slots.chunk` / K tokens. A single one also adds up the sums and, unless plan.expert_offsets is
-// NULL, makes the plan; of many, that is left to `route_plan`.
+// A block takes `slots.chunk` / K tokens. A single one also adds up the sums and, unless plan.expert_offsets
+// is NULL, makes the plan; of many, that is left to `route_plan`.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     const Router router, const Slots slots, const W* logits, const float* expert_bias,
     const unsigned char* valid_mask, int* topk_idx, W* topk_weights, const Sums sums, const Plan<W> plan

@@ -18,7 +18,8 @@ cdef enum:
     STAGES = 4
     MOST_GROUPS = 1024
     # the stages, then struct Shared: barriers, rows and the list of tiles
-    SHARED_BYTES = STAGES * (OWN + SHARED) * DEPTH * 2 + STAGES * (2 * 8 + DEPTH * 4) + 2 * (MOST_GROUPS + 2) * 4
+    STAGES_BYTES = STAGES * (OWN + SHARED) * DEPTH * 2
+    SHARED_BYTES = STAGES_BYTES + STAGES * (2 * 8 + DEPTH * 4) + 2 * (MOST_GROUPS + 2) * 4
 
 cdef tuple TYPES = (<int>BFLOAT16, <int>FLOAT16)
 
@@ -120,7 +121,8 @@ cdef int grouped_gemm(
 
 
 cdef int grouped_gemm_wgrad(
-    Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out, bint accumulate
+    Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out,
+    bint accumulate,
 ) except -1:
     cdef int num_groups = <int>out.dims[0], a_columns = <int>out.dims[1], b_columns = <int>out.dims[2]
     cdef bint share_a = b_index is not None, gather = share_a or a_index is not None
@@ -133,7 +135,9 @@ cdef int grouped_gemm_wgrad(
         &a.data, a_map.at, &b.data, b_map.at, &expert_offsets.data, &index, &out.data,
         &num_groups, &a_columns, &b_columns, &row_tiles, &column_tiles,
     ]
-    return launch(space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params)
+    return launch(
+        space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params
+    )
 
 
 cdef int grouped_glu(

@@ -11,7 +11,8 @@ from .launch cimport ensure_context
 
 ctypedef int (*Encode)(
     void* out, int dtype, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides,
-    const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle, int l2_promotion, int oob_fill,
+    const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle, int l2_promotion,
+    int oob_fill,
 ) noexcept nogil
 
 # Values of the driver's enumerations.
@@ -52,9 +53,11 @@ cdef int map_matrices(
     ensure_context(array.device_id)  # the driver wants one, any
     out.at = <void*>((<uintptr_t>out.memory + MAP_ALIGNMENT - 1) & ~<uintptr_t>(MAP_ALIGNMENT - 1))
     error = encode(
-        out.at, TYPE_BFLOAT16 if array.dtype == BFLOAT16 else TYPE_FLOAT16, 3, array.data, dims, strides, box, ones,
-        INTERLEAVE_NONE, SWIZZLE_128B, L2_PROMOTION_256B, OUTSIDE_IS_ZERO,
+        out.at, TYPE_BFLOAT16 if array.dtype == BFLOAT16 else TYPE_FLOAT16, 3, array.data, dims, strides, box,
+        ones, INTERLEAVE_NONE, SWIZZLE_128B, L2_PROMOTION_256B, OUTSIDE_IS_ZERO,
     )
     if error != 0:
-        raise KernelError(f"cuTensorMapEncodeTiled: error {error} ([{matrices}, {rows}, {columns}], box {box_rows})")
+        raise KernelError(
+            f"cuTensorMapEncodeTiled: error {error} ([{matrices}, {rows}, {columns}], {box_rows} rows a box)"
+        )
     return 0

@@ -1,7 +1,8 @@
 // Barriers in shared memory that threads and asynchronous copies arrive at (sm_90).
 //
-// A barrier counts arrivals and bytes; when all have come its phase ends and it starts again. wait() takes the
-// parity of the phase to wait for: 0 for the first, then 1, 0, ...
+// A barrier counts arrivals and bytes; when all have come its phase ends and it starts again. wait() takes
+// the parity of the phase to wait for: 0 for the first, then 1, 0, ...
+// A wait sees the newest phase only: it must not begin before the phase ahead of the one it means has ended.
 #pragma once
 
 #include "types.cuh"
@@ -26,7 +27,8 @@ __device__ __forceinline__ void arrive(uint32 barrier, uint32 block) {
 }
 // Arrives, and lets the phase wait for so many more bytes.
 __device__ __forceinline__ void arrive_expecting(uint32 barrier, uint32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 ::"r"(barrier), "r"(bytes) : "memory");
 }
 // Arrives when all the cp.async that this thread has issued are complete.
 __device__ __forceinline__ void arrive_after_copies(uint32 barrier) {

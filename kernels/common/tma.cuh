@@ -10,19 +10,22 @@ struct alignas(64) TensorMap {
 
 // The box whose first element has these coordinates, innermost first; elements outside the tensor become
 // zeros. `barrier` counts the box's bytes.
-__device__ __forceinline__ void copy_box(uint32 to, const TensorMap& map, int x, int y, int z, uint32 barrier) {
+__device__ __forceinline__ void copy_box(
+    uint32 to, const TensorMap& map, int x, int y, int z, uint32 barrier
+) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
-        "[%5];" ::"r"(to), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier) : "memory"
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier) : "memory"
     );
 }
-// The same, into all blocks of the cluster that have a bit in `blocks`, at the same place; each one's barrier counts.
+// The same, into all blocks of the cluster that have a bit in `blocks`, at the same place; each one's barrier
+// counts its own copy.
 __device__ __forceinline__ void copy_box_to(
     uint32 blocks, uint32 to, const TensorMap& map, int x, int y, int z, uint32 barrier
 ) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%2, %3, %4}], [%5], %6;"
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3, %4}], [%5], %6;"
         ::"r"(to), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(uint16(blocks)) : "memory"
     );
 }

@@ -1,4 +1,4 @@
-// Matrix products of a warpgroup (wgmma, sm_90a): 64 rows times N columns, 16 deep, operands in shared memory.
+// Matrix products of a warpgroup (wgmma, sm_90a): 64 rows times N columns, 16 deep, from shared memory.
 //
 // Operands are pieces that the copy engine has put down with its 128-byte swizzle: rows of 64 elements, eight
 // rows to an atom of 1 KB, aligned to it. The contraction runs either along those rows ("contraction-major":
@@ -24,7 +24,9 @@ constexpr uint64 SLICE = (TILE_MAJOR ? 16 * SWIZZLE_BYTES : 16 * 2) >> 4;
 
 // Before the first product of a group: earlier accesses to its registers have happened.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 // Until at most `pending` of the newest groups are still under way.
 template <int pending> __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
@@ -57,17 +59,6 @@ template <class X, bool TILE_MAJOR_A, bool TILE_MAJOR_B, int N> struct Multiply;
     "}"
 #define FFMOE_OPERANDS_128 "%64, %65, added, 1, 1, %67, %68;"
 #define FFMOE_ADD_128 "%66"
-#define FFMOE_REGISTERS_192 \
-    "{" \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
-    "}"
-#define FFMOE_OPERANDS_192 "%96, %97, added, 1, 1, %99, %100;"
-#define FFMOE_ADD_192 "%98"
 #define FFMOE_REGISTERS_256 \
     "{" \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -82,22 +73,20 @@ template <class X, bool TILE_MAJOR_A, bool TILE_MAJOR_B, int N> struct Multiply;
 #define FFMOE_OPERANDS_256 "%128, %129, added, 1, 1, %131, %132;"
 #define FFMOE_ADD_256 "%130"
 #define FFMOE_OUTPUTS_128 FFMOE_SUMS64(0)
-#define FFMOE_OUTPUTS_192 FFMOE_SUMS64(0), FFMOE_SUMS16(16), FFMOE_SUMS16(20)
 #define FFMOE_OUTPUTS_256 FFMOE_SUMS64(0), FFMOE_SUMS64(16)
 
-#define FFMOE_MULTIPLY(X, NAME, N)                                                                           \
-    template <bool TILE_MAJOR_A, bool TILE_MAJOR_B> struct Multiply<X, TILE_MAJOR_A, TILE_MAJOR_B, N> {       \
-        static __device__ __forceinline__ void run(float (&sums)[N / 8][4], uint64 a, uint64 b, int add) {    \
-            asm volatile("{\n.reg .pred added;\nsetp.ne.b32 added, " FFMOE_ADD_##N ", 0;\n"                  \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " "                  \
-                         FFMOE_REGISTERS_##N ", " FFMOE_OPERANDS_##N "\n}\n"                                  \
-                         : FFMOE_OUTPUTS_##N                                                                  \
-                         : "l"(a), "l"(b), "r"(add), "n"(int(TILE_MAJOR_A)), "n"(int(TILE_MAJOR_B)));         \
-        }                                                                                                     \
+#define FFMOE_MULTIPLY(X, NAME, N)                                                                         \
+    template <bool TILE_MAJOR_A, bool TILE_MAJOR_B> struct Multiply<X, TILE_MAJOR_A, TILE_MAJOR_B, N> {    \
+        static __device__ __forceinline__ void run(float (&sums)[N / 8][4], uint64 a, uint64 b, int add) { \
+            asm volatile("{\n.reg .pred added;\nsetp.ne.b32 added, " FFMOE_ADD_##N ", 0;\n"                \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " "               \
+                         FFMOE_REGISTERS_##N ", " FFMOE_OPERANDS_##N "\n}\n"                               \
+                         : FFMOE_OUTPUTS_##N                                                               \
+                         : "l"(a), "l"(b), "r"(add), "n"(int(TILE_MAJOR_A)), "n"(int(TILE_MAJOR_B)));      \
+        }                                                                                                  \
     };
 FFMOE_MULTIPLY(bfloat16, "bf16", 128)
-FFMOE_MULTIPLY(bfloat16, "bf16", 192)
 FFMOE_MULTIPLY(bfloat16, "bf16", 256)
 FFMOE_MULTIPLY(float16, "f16", 128)
-FFMOE_MULTIPLY(float16, "f16", 192)
 FFMOE_MULTIPLY(float16, "f16", 256)
+#undef FFMOE_MULTIPLY
