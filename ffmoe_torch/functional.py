@@ -226,7 +226,7 @@ def _undisturbed() -> frozenset[tuple[int, int]]:
     seen = [_dispatch_keys()]
     with torch.inference_mode():
         seen.append(_dispatch_keys())
-    _KeysInBackward.apply(torch.zeros((), requires_grad=True), seen).backward()
+    _KeysInBackward.apply(torch.zeros((), device="cpu", requires_grad=True), seen).backward()
     return frozenset(seen)
 
 
