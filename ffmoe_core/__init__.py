@@ -6,11 +6,13 @@ where they live, on the caller's stream, and answers in the caller's own kind.
 
 from .config import MoEConfig
 from .cpu.threads import get_num_threads, set_num_threads
+from .expert_parallel import ExpertParallel, expert_range
 from .moe import MoEGrads, MoEResult, MoESaved, moe_backward, moe_forward
 from .plan import RoutingLayout, RoutingPlan, routing_layout, unpack_routing
 from .stages import Routing, combine, grouped_gemm, grouped_gemm_wgrad, make_plan, permute, route
 
 __all__ = [
+    "ExpertParallel",
     "MoEConfig",
     "MoEGrads",
     "MoEResult",
@@ -19,6 +21,7 @@ __all__ = [
     "RoutingLayout",
     "RoutingPlan",
     "combine",
+    "expert_range",
     "get_num_threads",
     "grouped_gemm",
     "grouped_gemm_wgrad",

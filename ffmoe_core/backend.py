@@ -22,12 +22,17 @@ class Backend(Protocol):
     gate_logits: Stage
     route: Stage
     route_and_sort: Stage  # what `route` and `sort` do, in fewer launches
+    router_losses: Stage
+    router_losses: Stage
     route_backward: Stage
     gate_backward: Stage
     # rows
     sort: Stage
     permute: Stage
     combine: Stage
+    # experts on many ranks
+    dispatch_ranks: Stage
+    dispatch_slots: Stage
     # grouped products
     grouped_gemm: Stage
     grouped_gemm_wgrad: Stage

@@ -5,7 +5,7 @@ import numpy as np
 from libc.stdlib cimport getenv
 from libc.string cimport strcmp
 
-from .arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Array, Space
+from .arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, UINT8, Array, Space, view
 
 from .arrays import DTYPE_NAMES
 from .errors import ConfigError, DeviceError, DTypeError, LayoutError, NonFiniteError, ShapeError
@@ -83,6 +83,28 @@ cdef int check_writable(object obj, str name) except -1:
     if flags is not None and not getattr(flags, "writeable", True):
         raise LayoutError(f"{name} is read-only; pass an array that can be written")
     return 0
+
+
+cdef Array bias_of(object expert_bias, int64_t num_experts, Array x):
+    """The selection's bias, or None."""
+    if expert_bias is None:
+        return None
+    cdef Array bias = view(expert_bias, "expert_bias")
+    check_shape(bias, "expert_bias", "[num_experts]", num_experts)
+    check_device(bias, "expert_bias", x, "x")
+    check_dtype(bias, "expert_bias", (<int>FLOAT32,))
+    return bias
+
+
+cdef Array mask_of(object valid_mask, int64_t num_tokens, Array x):
+    """Which tokens count, or None."""
+    if valid_mask is None:
+        return None
+    cdef Array mask = view(valid_mask, "valid_mask")
+    check_shape(mask, "valid_mask", "[T]", num_tokens)
+    check_device(mask, "valid_mask", x, "x")
+    check_dtype(mask, "valid_mask", (<int>UINT8,))
+    return mask
 
 
 cdef int router_dtype(Array x) noexcept:

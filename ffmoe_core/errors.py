@@ -55,3 +55,17 @@ class OutOfMemoryError(FFMoEError, MemoryError):
 
 class UnsupportedError(FFMoEError, NotImplementedError):
     """The combination asked for cannot work (double backward, ``torch.func``, ...)."""
+
+
+class CommError(FFMoEError, RuntimeError):
+    """Ranks of a group did not take part in an exchange: dead, stopped, stuck, or one of them raised.
+
+    ``ranks`` are the ranks to blame, ``step`` is what was being exchanged ("counts", "dispatch", "combine", ...)
+    and ``layer`` the name of the layer it was for.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = (), step: str = "", layer: str = "") -> None:
+        super().__init__(message)
+        self.ranks = ranks
+        self.step = step
+        self.layer = layer

@@ -17,6 +17,7 @@ from libc.stdint cimport int64_t
 
 from .arrays cimport FLOAT32, UINT8, Array, Space, itemsize, space_of, view
 from .checks cimport (
+    bias_of,
     check_device,
     check_dtype,
     check_finite,
@@ -26,6 +27,7 @@ from .checks cimport (
     check_rows,
     check_shape,
     check_writable,
+    mask_of,
     router_dtype,
 )
 
@@ -69,10 +71,8 @@ class MoEGrads(NamedTuple):
     w_down: Any  # None where it was added to w_down_grad
 
 
-cdef class _Routing:
+cdef class RoutingParts:
     """The parts of a packed routing block."""
-
-    cdef Array topk_idx, topk_weights, expert_offsets, row_token, row_weights, token_rows, tokens_per_expert
 
     def __cinit__(self, Array block, tuple parts):
         self.topk_idx = _part(block, parts[0])
@@ -89,7 +89,7 @@ cdef Array _part(Array block, tuple part):
 
 
 @lru_cache(maxsize=256)
-def _layout(num_tokens, top_k, num_experts, dtype):
+def packed_layout(num_tokens, top_k, num_experts, dtype):
     """A routing block's bytes, and (offset, shape, dtype) of its parts in the order above."""
     layout = routing_layout(num_tokens, top_k, num_experts, DTYPE_NAMES[dtype])
     fields = [layout.fields[name] for name in (*RoutingPlan._fields, "tokens_per_expert")]
@@ -154,7 +154,7 @@ cdef class _Inputs:
             )
             check_like(self.router_input, "router_input", self.x, "x")
         self.space = space_of(x, self.x)
-        self.routing_bytes, self.routing_parts = _layout(
+        self.routing_bytes, self.routing_parts = packed_layout(
             self.num_tokens, self.top_k, self.num_experts, self.router_dtype
         )
 
@@ -178,17 +178,8 @@ def moe_forward(
     cdef int64_t T = inputs.num_tokens, R = inputs.num_rows, H = inputs.hidden
     cdef int64_t I = inputs.intermediate, E = inputs.num_experts
     cdef int dtype = inputs.x.dtype
-    cdef Array bias = None, mask = None, output, z = None
-    if expert_bias is not None:
-        bias = view(expert_bias, "expert_bias")
-        check_shape(bias, "expert_bias", "[num_experts]", E)
-        check_device(bias, "expert_bias", inputs.x, "x")
-        check_dtype(bias, "expert_bias", (<int>FLOAT32,))
-    if valid_mask is not None:
-        mask = view(valid_mask, "valid_mask")
-        check_shape(mask, "valid_mask", "[T]", T)
-        check_device(mask, "valid_mask", inputs.x, "x")
-        check_dtype(mask, "valid_mask", (<int>UINT8,))
+    cdef Array bias = bias_of(expert_bias, E, inputs.x), mask = mask_of(valid_mask, T, inputs.x)
+    cdef Array output, z = None
     if out is not None:
         output = view(out, "out")
         check_shape(output, "out", "[T, d_model]", T, H)
@@ -206,7 +197,7 @@ def moe_forward(
     cdef Array logits = space.empty((T, E), W) if save_for_backward else scratch.at(logits_at, (T, E), W)
     cdef Array losses = space.empty((3,), W)
     cdef Array block = space.empty((inputs.routing_bytes,), UINT8)
-    cdef _Routing routing = _Routing(block, inputs.routing_parts)
+    cdef RoutingParts routing = RoutingParts(block, inputs.routing_parts)
     backend.gate_logits(space, inputs.router_input, inputs.gate_weight, logits)
     check_finite(space, logits)
     capacity = config.capacity(T)
@@ -216,7 +207,7 @@ def moe_forward(
         routing.expert_offsets, routing.row_token, routing.row_weights, routing.token_rows,
     )
     if capacity is not None and not config.allow_dropped_tokens:
-        _check_capacity(space, routing.tokens_per_expert, capacity)
+        check_capacity(space, routing.tokens_per_expert, capacity)
 
     if save_for_backward and not config.recompute_activations:
         z = space.empty((R, 2 * I), dtype)
@@ -275,7 +266,7 @@ def moe_backward(
         check_shape(d_losses, "grad_losses", "[3]", 3)
         check_device(d_losses, "grad_losses", inputs.x, "x")
         check_dtype(d_losses, "grad_losses", (W,))
-    cdef _Routing routing = _Routing(block, inputs.routing_parts)
+    cdef RoutingParts routing = RoutingParts(block, inputs.routing_parts)
     cdef Array dw_up = _sums(w_up_grad, "w_up_grad", "[num_experts, ffn_dim, d_model]", inputs.w_up)
     cdef Array dw_down = _sums(w_down_grad, "w_down_grad", "[num_experts, d_model, ffn_dim // 2]", inputs.w_down)
     backend = backend_for(space)
@@ -348,7 +339,7 @@ cdef Array _sums(object buffer, str name, str symbols, Array weight):
     return array
 
 
-def _check_capacity(Space space, Array tokens_per_expert, capacity):
+def check_capacity(Space space, Array tokens_per_expert, capacity):
     """An overflow of the bound is an error. Waits for the device."""
     counts = space.to_host(tokens_per_expert)
     over = np.flatnonzero(counts > capacity)

@@ -6,8 +6,9 @@ import numpy as np
 
 from libc.stdint cimport int64_t
 
-from .arrays cimport FLOAT32, FLOAT64, INT32, UINT8, Array, Space, space_of, view
+from .arrays cimport FLOAT32, FLOAT64, INT32, Array, Space, space_of, view
 from .checks cimport (
+    bias_of,
     check_device,
     check_dtype,
     check_finite,
@@ -17,6 +18,7 @@ from .checks cimport (
     check_rows,
     check_shape,
     check_sums,
+    mask_of,
     router_dtype,
 )
 
@@ -51,17 +53,7 @@ def route(x, gate_weight, config, *, expert_bias=None, valid_mask=None):
     check_shape(gate, "gate_weight", "[num_experts, d_model]", E, config.d_model)
     check_device(gate, "gate_weight", tokens, "x")
     check_dtype(gate, "gate_weight", (tokens.dtype, W))
-    cdef Array bias = None, mask = None
-    if expert_bias is not None:
-        bias = view(expert_bias, "expert_bias")
-        check_shape(bias, "expert_bias", "[num_experts]", E)
-        check_device(bias, "expert_bias", tokens, "x")
-        check_dtype(bias, "expert_bias", (<int>FLOAT32,))
-    if valid_mask is not None:
-        mask = view(valid_mask, "valid_mask")
-        check_shape(mask, "valid_mask", "[T]", T)
-        check_device(mask, "valid_mask", tokens, "x")
-        check_dtype(mask, "valid_mask", (<int>UINT8,))
+    cdef Array bias = bias_of(expert_bias, E, tokens), mask = mask_of(valid_mask, T, tokens)
     cdef Space space = space_of(x, tokens)
     backend = backend_for(space)
     logits = space.empty((T, E), W)
@@ -71,7 +63,7 @@ def route(x, gate_weight, config, *, expert_bias=None, valid_mask=None):
     losses = space.empty((3,), W)
     backend.gate_logits(space, tokens, gate, logits)
     check_finite(space, logits)
-    backend.route(space, config, logits, bias, mask, topk_idx, topk_weights, tokens_per_expert, losses)
+    backend.route(space, config, logits, bias, mask, topk_idx, topk_weights, tokens_per_expert, losses, None)
     parts = (topk_idx, topk_weights, tokens_per_expert, losses, logits)
     return Routing(*[space.export(part) for part in parts])
 

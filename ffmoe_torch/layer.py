@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffmoe_core import MoEConfig, routing_layout
-from ffmoe_core.errors import ConfigError, DeviceError, DTypeError, LayoutError, ShapeError
+from ffmoe_core import ExpertParallel, MoEConfig, routing_layout
+from ffmoe_core.comm import Step, all_reduced
+from ffmoe_core.errors import (
+    ConfigError,
+    DeviceError,
+    DTypeError,
+    LayoutError,
+    ShapeError,
+    UnsupportedError,
+)
 
+from .communicator import DEFAULT_TIMEOUT, communicator_for
 from .functional import (
     InjectLosses,
     as_token_mask,
@@ -18,6 +27,7 @@ from .functional import (
     options_of,
     routed_experts,
 )
+from .sharded import ShardedExperts
 from .shared_expert import SharedExpert, start_beside
 from .stats import MoEStats, tokens_per_expert
 
@@ -75,6 +85,7 @@ class MoELayer(nn.Module):
     # Routing and losses of the last forward call, for stats(). In a list, as setting a module's attribute costs
     # more host time than launching a kernel.
     _last: list[tuple[Tensor, Tensor]]
+    _sharded: ShardedExperts | None  # where other ranks hold experts, too
     expert_bias: Tensor | None
     expert_counts: Tensor | None
     proj_down: nn.Linear | None
@@ -152,6 +163,7 @@ class MoELayer(nn.Module):
         self._options = options_of(config)
         self._has_losses = aux_loss_coeff > 0 or z_loss_coeff > 0
         self._last = []
+        self._sharded = None
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         intermediate = config.intermediate
@@ -217,35 +229,48 @@ class MoELayer(nn.Module):
         if self.jitter and self.training:
             noise = torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
             router_input = tokens * noise
-        routed = self._through_latent(tokens)
-        if router_input is None and routed is not tokens:
-            router_input = tokens
-
         config = self.config
         buffers = self._buffers
+        gate_weight = _parameter(self._modules["gate"], "weight")
         w_up, w_down = _parameter(self, "w_up"), _parameter(self, "w_down")
-        output, losses, routing = routed_experts(
-            routed,
-            router_input,
-            _parameter(self._modules["gate"], "weight"),
-            w_up,
-            w_down,
-            buffers["expert_bias"],
-            mask,
-            self._options,
-            config,
-            config.recompute_activations,
-            _main_grads(w_up=w_up, w_down=w_down) if self.main_grad and torch.is_grad_enabled() else {},
-        )
+        if self._sharded is None:
+            routed = self._through_latent(tokens)
+            if router_input is None and routed is not tokens:
+                router_input = tokens
+            output, losses, routing = routed_experts(
+                routed,
+                router_input,
+                gate_weight,
+                w_up,
+                w_down,
+                buffers["expert_bias"],
+                mask,
+                self._options,
+                config,
+                config.recompute_activations,
+                _main_grads(w_up=w_up, w_down=w_down) if self.main_grad and torch.is_grad_enabled() else {},
+            )
+            output, balance = self._through_latent(output), routing
+        else:
+            output, losses, routing, balance = self._sharded(
+                tokens,
+                router_input,
+                gate_weight,
+                w_up,
+                w_down,
+                buffers["expert_bias"],
+                mask,
+                self.proj_down,
+                self.proj_up,
+            )
         statistics = losses.detach() if losses.requires_grad else losses
         if torch.compiler.is_compiling():
             # inductor's backward fails on a graph that returns a tensor both with and without gradient
             statistics = statistics.clone()
-        self._last[:] = [(routing, statistics)]
+        self._last[:] = [(balance, statistics)]
         if buffers["expert_counts"] is not None and self.training:
             buffers["expert_counts"] += tokens_per_expert(routing, self.num_experts)
 
-        output = self._through_latent(output)
         if shared is not None:
             output = output + shared()
         if self._has_losses and self.aux_mode == "inject":
@@ -264,8 +289,70 @@ class MoELayer(nn.Module):
         latent: Tensor = self.proj_up(self.proj_down(x))
         return latent
 
+    def shard_experts(
+        self,
+        ep_group: Any = None,
+        ep_backend: str = "auto",
+        ep_timeout: float = DEFAULT_TIMEOUT,
+        *,
+        loss_scope: str = "group",
+        grad_reduction: str = "mean",
+        name: str = "MoELayer",
+    ) -> None:
+        """Spread the experts over the ranks of a group: keep this rank's, and let go of the others.
+
+        To be called on every rank, before the optimizer is made and after ``to(device)``. From then on ``w_up``
+        and ``w_down`` hold the experts ``expert_range(num_experts, ep_size, ep_rank)``, and every rank must call
+        forward and backward of its layers in the same order, with no tokens if it has none. A capacity bounds
+        what each rank sends to an expert. ``torch.compile`` breaks its graph at the exchanges.
+
+        Parameters
+        ----------
+        ep_group : a ProcessGroup, an mpi4py communicator, a ``Communicator`` of ffmoe_core, or None: all ranks.
+        ep_backend : "nccl" (GPUs; over a ProcessGroup's store or MPI), "mpi" (CPUs, mpi4py), "torch" (the
+            ProcessGroup's own collectives) or "auto".
+        ep_timeout : seconds an exchange waits for other ranks before it raises CommError.
+        loss_scope : "group": losses and ``stats()`` are of all ranks' tokens. "local": of this rank's.
+        grad_reduction : "mean": the experts' gradients are scaled for dense gradients that are averaged over the
+            ranks (DDP, FSDP): both are then the gradient of the mean of all ranks' losses. "sum": they are those
+            of the sum, for dense gradients that are added up.
+        name : what errors call the layer.
+
+        Raises
+        ------
+        ConfigError : the ranks' layers differ in an option or dtype, which the message names; an unknown option
+            here; a layer that is sharded already.
+        CommError : not all ranks came within the timeout.
+        """
+        if self._sharded is not None:
+            raise ConfigError(f"{name} is sharded already")
+        if self.main_grad:
+            raise UnsupportedError("main_grad=True works where one device holds all experts; make the layer without it")
+        comm = communicator_for(ep_group, ep_backend, ep_timeout, self.w_up.device)
+        options = {
+            "num_shared_experts": self.num_shared_experts,
+            "latent_dim": self.latent_dim,
+            "expert_bias": self.expert_bias is not None,
+            "jitter": self.jitter,
+            "aux_mode": self.aux_mode,
+            "dtype": self.w_up.dtype,
+            "device": self.w_up.device.type,
+            "grad_reduction": grad_reduction,
+        }
+        expert_parallel = ExpertParallel(
+            comm, self.config, layer=name, loss_scope=loss_scope, agree_on=options
+        )
+        self._sharded = ShardedExperts(expert_parallel, grad_reduction)
+        own = slice(expert_parallel.experts.start, expert_parallel.experts.stop)
+        for weights in ("w_up", "w_down"):
+            parameter = getattr(self, weights)
+            kept = nn.Parameter(parameter.detach()[own].clone(), requires_grad=parameter.requires_grad)
+            setattr(self, weights, kept)
+
     def stats(self) -> MoEStats:
         """Statistics of the last forward call; of a call without tokens where there was none.
+
+        Of all ranks' tokens where the experts are sharded with ``loss_scope="group"``.
 
         Does not wait for the device; reading an attribute of the result does.
         """
@@ -288,6 +375,8 @@ class MoELayer(nn.Module):
         if self.expert_bias is None or self.expert_counts is None:
             raise ConfigError("update_expert_bias needs a layer made with expert_bias=True")
         counts = self.expert_counts
+        if self._sharded is not None:
+            counts.copy_(all_reduced(self._sharded.comm, counts, Step("expert bias", self._sharded.name)))
         # in integers, as the sign of a rounded mean minus a count could be wrong
         signs = torch.sign(counts.sum() - self.num_experts * counts)
         self.expert_bias.add_(signs.to(torch.float32), alpha=rate)
@@ -332,7 +421,16 @@ class MoELayer(nn.Module):
             self.expert_bias = before.to(after.device)
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if self._sharded is not None:
+            self._sharded.take_own(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def __getstate__(self) -> dict[str, Any]:
+        if self._sharded is not None:
+            raise UnsupportedError(
+                "a layer with sharded experts cannot be pickled or copied; save its state_dict"
+            )
         return self.__dict__ | {"_last": []}
 
 

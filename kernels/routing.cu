@@ -166,7 +166,26 @@ struct Sums {
     W* losses;    // [blocks, 2]: z-loss and entropy
     int* tokens_per_expert;
     W* results;  // [3]
+    double* totals;  // [E + 2], or NULL: of q by expert, of logsumexp^2 and of the entropy
 };
+
+// The losses from what was added up, by the lanes of a warp.
+__device__ __forceinline__ void write_losses(
+    const Router& router, const double* scores, const int* tokens_per_expert, double z, double entropy, W* losses
+) {
+    double balance = 0, rows = 0;
+    for (int e = threadIdx.x & 31; e < router.num_experts; e += 32) {
+        rows += tokens_per_expert[e];
+        balance += tokens_per_expert[e] * scores[e];
+    }
+    const double valid = warp_sum(rows) / router.top_k;
+    balance = warp_sum(balance);
+    if ((threadIdx.x & 31) == 0) {
+        losses[0] = valid > 0 ? W(router.aux_coeff * router.num_experts * (balance / valid / valid)) : W(0);
+        losses[1] = valid > 0 ? W(router.z_coeff * (z / valid)) : W(0);
+        losses[2] = valid > 0 ? W(entropy / valid) : W(0);
+    }
+}
 
 // Adds up the blocks' sums, in an order that the number of threads does not change.
 template <int THREADS> __device__ void add_up(const Router& router, const Sums& sums, int blocks) {
@@ -197,29 +216,24 @@ template <int THREADS> __device__ void add_up(const Router& router, const Sums& 
                 count += slice_counts[warp + s][lane];
             }
             scores[e] = score;
+            if (sums.totals != nullptr) sums.totals[e] = score;
             sums.tokens_per_expert[e] = count;
         }
         __syncthreads();
     }
     if (warp > 0) return;
-    double balance = 0, z = 0, entropy = 0, rows = 0;
-    for (int e = lane; e < num_experts; e += 32) {
-        rows += sums.tokens_per_expert[e];
-        balance += sums.tokens_per_expert[e] * scores[e];
-    }
+    double z = 0, entropy = 0;
     for (int row = lane; row < blocks; row += 32) {
         z += sums.losses[2 * row];
         entropy += sums.losses[2 * row + 1];
     }
-    const double valid = warp_sum(rows) / router.top_k;
-    balance = warp_sum(balance);
     z = warp_sum(z);
     entropy = warp_sum(entropy);
-    if (lane == 0) {
-        sums.results[0] = valid > 0 ? W(router.aux_coeff * num_experts * (balance / valid / valid)) : W(0);
-        sums.results[1] = valid > 0 ? W(router.z_coeff * (z / valid)) : W(0);
-        sums.results[2] = valid > 0 ? W(entropy / valid) : W(0);
+    if (lane == 0 && sums.totals != nullptr) {
+        sums.totals[num_experts] = z;
+        sums.totals[num_experts + 1] = entropy;
     }
+    write_losses(router, scores, sums.tokens_per_expert, z, entropy, sums.results);
 }
 
 // A block takes `slots.chunk` / K tokens. A single one also adds up the sums and, unless plan.expert_offsets
@@ -365,6 +379,15 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1) route_plan(
     place_chunk<PLAN_THREADS>(slots, blockIdx.x, topk_idx, topk_weights, sums.counts, plan, next);
 }
 
+// The losses of sums [E + 2] and rows that were added up over ranks. One warp.
+extern "C" __global__ void __launch_bounds__(32) router_losses(
+    const Router router, const double* sums, const int* tokens_per_expert, W* losses
+) {
+    write_losses(
+        router, sums, tokens_per_expert, sums[router.num_experts], sums[router.num_experts + 1], losses
+    );
+}
+
 // --- backward ---
 
 // grad += the gradient by x of w = softmax(x), where dw is the one by w.
@@ -377,14 +400,13 @@ __device__ __forceinline__ void add_softmax_gradient(const W (&w)[N], const W (&
     for (int i = 0; i < N; i++) grad[i] += w[i] * (dw[i] - mean);
 }
 
-// dlogits of every token. grad_losses may be NULL: zeros.
+// dlogits of every token, from dp_rows [num_rows] at token_rows. grad_losses may be NULL: zeros.
 extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward(
     const Router router, const W* logits, const int* topk_idx, const int* tokens_per_expert,
-    const int* token_rows, const W* dp_rows, const W* grad_losses, W* dlogits
+    const int* token_rows, const W* dp_rows, int64 num_rows, const W* grad_losses, W* dlogits
 ) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int num_experts = router.num_experts, top_k = router.top_k;
-    const int64 num_rows = router.num_tokens * top_k;
     const W scale = W(router.scale);
 
     int rows = 0;

@@ -292,15 +292,28 @@ cdef void route_block(const Route* job, int64_t index, Desk desk, real* scores) 
             )
 
 
-cdef inline void write_losses(double aux, double z, double entropy, real* losses) noexcept nogil:
-    losses[0] = <real>aux
-    losses[1] = <real>z
-    losses[2] = <real>entropy
+cdef inline void write_losses(
+    const Router* router, const double* sums, const int32_t* rows, real* losses
+) noexcept nogil:
+    """From rows of each expert and from ``sums``: of q by expert, of logsumexp^2 and of the entropy."""
+    cdef int64_t E = router.num_experts, e, total_rows = 0
+    cdef double tokens, aux = 0
+    for e in range(E):
+        total_rows += rows[e]
+    if total_rows == 0:
+        losses[0] = losses[1] = losses[2] = 0
+        return
+    tokens = <double>(total_rows // router.top_k)
+    for e in range(E):
+        aux += rows[e] / tokens * (sums[e] / tokens)
+    losses[0] = <real>(aux * (router.aux_coeff * E))
+    losses[1] = <real>(sums[E] * (router.z_coeff / tokens))
+    losses[2] = <real>(sums[E + 1] / tokens)
 
 
 def route(
     Space space, config, Array logits, Array expert_bias, Array valid_mask,
-    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses,
+    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses, Array sums,
 ):
     cdef Route job
     job.router = router_of(config, logits, topk_idx)
@@ -315,11 +328,12 @@ def route(
     job.topk_weights = topk_weights.data
     cdef int64_t E = job.router.num_experts, count = job.router.num_blocks, index, e
     cdef int threads = num_threads()
-    cdef Scratch sums = scratch(count * (2 + E) * sizeof(double))
+    cdef Scratch parts = scratch(count * (2 + E) * sizeof(double))
+    cdef Scratch totals = scratch((E + 2) * sizeof(double) if sums is None else 0)
     cdef Scratch counts = scratch(count * E * sizeof(int32_t))
     cdef Scratch desks = scratch(threads * desk_bytes(E))
     cdef char* desk = desks.data
-    job.losses = <double*>sums.data
+    job.losses = <double*>parts.data
     job.scores = job.losses + 2 * count
     job.counts = <int32_t*>counts.data
     cdef bint double_precision = logits.dtype == FLOAT64
@@ -336,30 +350,34 @@ def route(
             )
 
     cdef int32_t* rows = <int32_t*>tokens_per_expert.data
-    cdef int64_t total_rows = 0
-    cdef double aux = 0, z = 0, mean_entropy = 0, tokens, score
+    cdef double* total = <double*>(totals.data if sums is None else sums.data)
+    for e in range(E + 2):
+        total[e] = 0
     for e in range(E):
         rows[e] = 0
         for index in range(count):
             rows[e] += job.counts[index * E + e]
-        total_rows += rows[e]
-    if total_rows > 0:
-        tokens = <double>(total_rows // job.router.top_k)
-        for e in range(E):
-            score = 0
-            for index in range(count):
-                score += job.scores[index * E + e]
-            aux += rows[e] / tokens * (score / tokens)
-        for index in range(count):
-            z += job.losses[2 * index]
-            mean_entropy += job.losses[2 * index + 1]
-        aux *= job.router.aux_coeff * E
-        z *= job.router.z_coeff / tokens
-        mean_entropy /= tokens
+            total[e] += job.scores[index * E + e]
+    for index in range(count):
+        total[E] += job.losses[2 * index]
+        total[E + 1] += job.losses[2 * index + 1]
     if double_precision:
-        write_losses(aux, z, mean_entropy, <double*>losses.data)
+        write_losses(&job.router, total, rows, <double*>losses.data)
     else:
-        write_losses(aux, z, mean_entropy, <float*>losses.data)
+        write_losses(&job.router, total, rows, <float*>losses.data)
+
+
+def router_losses(Space space, config, Array sums, Array tokens_per_expert, Array losses):
+    cdef Router router
+    router.num_experts = tokens_per_expert.dims[0]
+    router.top_k = config.top_k
+    router.aux_coeff = config.aux_loss_coeff
+    router.z_coeff = config.z_loss_coeff
+    cdef const int32_t* rows = <const int32_t*>tokens_per_expert.data
+    if losses.dtype == FLOAT64:
+        write_losses(&router, <const double*>sums.data, rows, <double*>losses.data)
+    else:
+        write_losses(&router, <const double*>sums.data, rows, <float*>losses.data)
 
 
 # --- backward ---
@@ -472,7 +490,9 @@ def route_and_sort(
     Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses,
     Array expert_offsets, Array row_token, Array row_weights, Array token_rows,
 ):
-    route(space, config, logits, expert_bias, valid_mask, topk_idx, topk_weights, tokens_per_expert, losses)
+    route(
+        space, config, logits, expert_bias, valid_mask, topk_idx, topk_weights, tokens_per_expert, losses, None
+    )
     sort(
         space, topk_idx, topk_weights, capacity, config.drop_policy,
         expert_offsets, row_token, row_weights, token_rows,

@@ -31,13 +31,13 @@ def variants():
     return [
         ("routing.cu", entry, defines)
         for defines in _DEFINES.values()
-        for entry in ("route", "route_plan", "route_backward")
+        for entry in ("route", "route_plan", "router_losses", "route_backward")
     ]
 
 
-cdef int _per_lane(Array logits) except -1:
-    for per_lane in _PER_LANE_FLOAT64 if logits.dtype == FLOAT64 else _PER_LANE:
-        if 32 * per_lane >= logits.dims[1]:
+cdef int _per_lane(int dtype, int64_t num_experts) except -1:
+    for per_lane in _PER_LANE_FLOAT64 if dtype == FLOAT64 else _PER_LANE:
+        if 32 * per_lane >= num_experts:
             break
     return per_lane
 
@@ -56,11 +56,11 @@ cdef struct Router:
     double z_coeff
 
 
-cdef Router _router(config, Array logits, Array topk_idx):
+cdef Router _router(config, int64_t num_tokens):
     cdef Router out
-    out.num_tokens = logits.dims[0]
-    out.num_experts = <int32_t>logits.dims[1]
-    out.top_k = <int32_t>topk_idx.dims[1]
+    out.num_tokens = num_tokens
+    out.num_experts = config.num_experts
+    out.top_k = config.top_k
     out.num_groups = config.num_expert_groups or 0
     out.topk_groups = config.topk_groups or 0
     out.sigmoid = config.gating == "sigmoid"
@@ -78,6 +78,7 @@ cdef struct Sums:
     void* losses
     void* tokens_per_expert
     void* results
+    void* totals
 
 
 def gate_logits(Space space, Array x, Array gate_weight, Array logits):
@@ -93,12 +94,12 @@ def gate_backward(
 
 def route(
     Space space, config, Array logits, Array expert_bias, Array valid_mask,
-    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses,
+    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses, Array sums,
 ):
     cdef Plan nothing = [NULL, NULL, NULL, NULL, NULL, NULL, NULL]
     _route(
         space, config, logits, expert_bias, valid_mask, -1, topk_idx, topk_weights, tokens_per_expert, losses,
-        nothing,
+        sums, nothing,
     )
 
 
@@ -109,7 +110,8 @@ def route_and_sort(
 ):
     if capacity >= 0 and config.drop_policy == "probs":
         route(
-            space, config, logits, expert_bias, valid_mask, topk_idx, topk_weights, tokens_per_expert, losses
+            space, config, logits, expert_bias, valid_mask, topk_idx, topk_weights, tokens_per_expert, losses,
+            None,
         )
         sort(
             space, topk_idx, topk_weights, capacity, config.drop_policy,
@@ -121,19 +123,19 @@ def route_and_sort(
     ]
     _route(
         space, config, logits, expert_bias, valid_mask, capacity, topk_idx, topk_weights, tokens_per_expert,
-        losses, plan,
+        losses, None, plan,
     )
 
 
 cdef int _route(
     Space space, config, Array logits, Array expert_bias, Array valid_mask, int64_t capacity,
-    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses, Plan plan,
+    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses, Array totals, Plan plan,
 ) except -1:
     """Choice, weights, counts and losses; and the plan, if it has somewhere to go."""
-    cdef int per_lane = _per_lane(logits), lane_bytes = per_lane * itemsize(logits.dtype)
+    cdef int per_lane = _per_lane(logits.dtype, logits.dims[1]), lane_bytes = per_lane * itemsize(logits.dtype)
     cdef int warps = 32 if lane_bytes <= 16 else 16 if lane_bytes <= 32 else 8
     cdef tuple defines = _DEFINES[logits.dtype, per_lane]
-    cdef Router router = _router(config, logits, topk_idx)
+    cdef Router router = _router(config, logits.dims[0])
     cdef bint alone = router.num_tokens <= ALONE * warps
     cdef Slots slots = in_chunks(
         router.num_tokens, router.top_k, router.num_experts, capacity, ALONE * warps if alone else warps
@@ -146,6 +148,7 @@ cdef int _route(
     sums.counts = scratch.data + width * (entries + 2 * slots.chunks)
     sums.tokens_per_expert = tokens_per_expert.data
     sums.results = losses.data
+    sums.totals = totals.data if totals is not None else NULL
     cdef char* bias = expert_bias.data if expert_bias is not None else NULL
     cdef char* mask = valid_mask.data if valid_mask is not None else NULL
     cdef bint planned = plan.expert_offsets != NULL  # the others may be empty
@@ -169,21 +172,31 @@ cdef int _route(
     return 0
 
 
+def router_losses(Space space, config, Array sums, Array tokens_per_expert, Array losses):
+    cdef Router router = _router(config, 0)
+    cdef tuple defines = _DEFINES[losses.dtype, _per_lane(losses.dtype, router.num_experts)]
+    cdef Parameter[4] params = [&router, &sums.data, &tokens_per_expert.data, &losses.data]
+    kernel("routing.cu", "router_losses", defines, space.device_id, 0).launch(
+        1, 1, 1, 32, 0, space.stream, params
+    )
+
+
 def route_backward(
     Space space, config, Array logits, Array topk_idx, Array topk_weights, Array tokens_per_expert,
     Array token_rows, Array dp_rows, Array grad_losses, Array dlogits,
 ):
-    cdef Router router = _router(config, logits, topk_idx)
+    cdef Router router = _router(config, logits.dims[0])
     if router.num_tokens == 0:
         return
     cdef char* d_losses = grad_losses.data if grad_losses is not None else NULL
-    cdef Parameter[8] params = [
+    cdef int64_t num_rows = dp_rows.dims[0]
+    cdef Parameter[9] params = [
         &router, &logits.data, &topk_idx.data, &tokens_per_expert.data, &token_rows.data, &dp_rows.data,
-        &d_losses, &dlogits.data,
+        &num_rows, &d_losses, &dlogits.data,
     ]
     cdef int64_t blocks = (router.num_tokens + BACKWARD_WARPS - 1) // BACKWARD_WARPS
     blocks = min(blocks, <int64_t>BACKWARD_BLOCKS)
-    cdef tuple defines = _DEFINES[logits.dtype, _per_lane(logits)]
+    cdef tuple defines = _DEFINES[logits.dtype, _per_lane(logits.dtype, logits.dims[1])]
     kernel("routing.cu", "route_backward", defines, space.device_id, 0).launch(
         <unsigned int>blocks, 1, 1, 32 * BACKWARD_WARPS, 0, space.stream, params
     )

@@ -120,11 +120,15 @@ def stage_calls(kind, dtype):
     logits, counts = floats(T, E, dtype=W), kind.array([9, 9, 11, 11, 0], "int32")
     offsets, row_token, token_rows = plan.expert_offsets, plan.row_token, plan.token_rows
     up, down = floats(E, 2 * width, H), floats(E, H, width)
+    P, D, S = 3, 2, 2  # ranks, how many of them a token goes to at most, its slots
+    ranks = kind.full((T, D), 77, "int32")
+    call_stage(kind, "dispatch_ranks", idx, token_rows, E, P, ranks)
+    sending = make_plan(ranks, kind.full((T, D), 0, W), P)
     return {
         "gate_logits": ([floats(T, H), floats(E, H)], [((T, E), W)], []),
         "route": (
             [config, logits, None, None],
-            [((T, K), "int32"), ((T, K), W), ((E,), "int32"), ((3,), W)],
+            [((T, K), "int32"), ((T, K), W), ((E,), "int32"), ((3,), W), ((E + 2,), "float64")],
             [],
         ),
         "route_and_sort": (
@@ -135,6 +139,7 @@ def stage_calls(kind, dtype):
             ],
             [],
         ),
+        "router_losses": ([config, floats(E + 2, dtype="float64"), counts], [((3,), W)], []),
         "route_backward": (
             [config, logits, idx, weights, counts, token_rows, floats(R, dtype=W), floats(3, dtype=W)],
             [((T, E), W)],
@@ -152,6 +157,12 @@ def stage_calls(kind, dtype):
         ),
         "permute": ([floats(T, H), row_token, offsets], [((R, H), dtype)], []),
         "combine": ([floats(R, H), token_rows, weights], [((T, H), dtype)], []),
+        "dispatch_ranks": ([idx, token_rows, E, P], [((T, D), "int32")], []),
+        "dispatch_slots": (
+            [idx, weights, token_rows, offsets, ranks, sending.token_rows, sending.expert_offsets],
+            [((T * D, S), "int32"), ((T * D, S), W), ((T, K), "int32"), ((P, 2), "int32")],
+            [],
+        ),
         "grouped_gemm": ([floats(T, H), up, offsets, row_token, True], [((R, 2 * width), dtype)], []),
         "grouped_gemm_wgrad": (
             [floats(T, H), floats(R, width), offsets, row_token, None],

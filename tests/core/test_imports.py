@@ -74,11 +74,22 @@ def test_the_files_are_found():
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(CORE)))
 def test_imports_run_one_way(path):
-    """ffmoe_torch -> ffmoe_core -> moe, stages -> backend -> cpu | cuda -> arrays, config, errors."""
+    """ffmoe_torch -> ffmoe_core -> moe, stages -> backend -> cpu | cuda -> arrays, config, errors.
+
+    And expert_parallel -> moe and comm, which knows no layer.
+    """
     inside = path.relative_to(CORE)
     forbidden = ["torch", "ffmoe_torch", "tests"]
-    if inside.parts[0] != "cuda" and inside.name != "arrays.pyx":
+    if inside.parts[0] != "cuda" and str(inside) not in ("arrays.pyx", "comm/nccl.py"):
         forbidden.append("cupy")
+    if str(inside) != "comm/mpi.py":
+        forbidden.append("mpi4py")
+    if inside.stem != "expert_parallel" and inside.parts[0] != "comm":
+        forbidden.append("ffmoe_core.comm")
+    if inside.parts[0] == "comm":
+        forbidden += [
+            f"ffmoe_core.{name}" for name in ("moe", "stages", "backend", "expert_parallel", "plan")
+        ]
     if inside.parts[0] == "cpu":
         forbidden.append("ffmoe_core.cuda")
     if inside.parts[0] == "cuda":

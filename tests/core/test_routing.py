@@ -51,6 +51,7 @@ def stage_route(kind, config, logits, dtype="float32", *, expert_bias=None, vali
         None if expert_bias is None else kind.array(expert_bias, "float32"),
         None if valid_mask is None else kind.array(valid_mask, "uint8"),
         *outputs,
+        None,
     )
     return outputs
 
@@ -232,7 +233,7 @@ def test_route_and_sort_do_what_both_do(kind, num_tokens, num_experts, top_k, dt
 
     together, apart = outputs(), outputs()
     call_stage(kind, "route_and_sort", config, logits, None, valid, capacity, *together)
-    call_stage(kind, "route", config, logits, None, valid, *apart[:4])
+    call_stage(kind, "route", config, logits, None, valid, *apart[:4], None)
     call_stage(kind, "sort", apart[0], apart[1], capacity, drop_policy, *apart[4:])
     assert same_bits(kind, together, apart)
     idx, _, counts, _ = (numbers(kind, part) for part in apart[:4])

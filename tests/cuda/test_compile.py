@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from ffmoe_core.cuda import dense_gemm, grouped_gemm, grouped_gemm_sm90, permute, routing
+from ffmoe_core.cuda import dense_gemm, dispatch, grouped_gemm, grouped_gemm_sm90, permute, routing
 from ffmoe_core.cuda.compile import compile_options, kernel_directory, only_architecture
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-STAGES = (routing, permute, grouped_gemm, grouped_gemm_sm90, dense_gemm)
+STAGES = (routing, permute, dispatch, grouped_gemm, grouped_gemm_sm90, dense_gemm)
 
 
 def libraries():
@@ -126,7 +126,7 @@ def test_variants_need_no_cupy():
     code = (
         "import sys\n"
         "sys.modules['cupy'] = None\n"
-        "from ffmoe_core.cuda import dense_gemm, grouped_gemm, permute, routing\n"
-        "assert all(stage.variants() for stage in (routing, permute, grouped_gemm, dense_gemm))\n"
+        "from ffmoe_core.cuda import dense_gemm, dispatch, grouped_gemm, permute, routing\n"
+        "assert all(stage.variants() for stage in (routing, permute, dispatch, grouped_gemm, dense_gemm))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

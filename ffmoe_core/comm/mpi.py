@@ -1,0 +1,211 @@
+"""MpiCommunicator: arrays in host memory over MPI, through mpi4py.
+
+Everything is made of non-blocking messages from rank to rank, tested in turn until a deadline: MPI's collectives
+would neither end nor tell who is missing when a rank dies. A message is sent even where there are no rows, so
+that each rank hears from every other in each exchange.
+"""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Array, Space
+from ..errors import CommError, MissingDependencyError
+from .communicator import Parts, Step
+from .host import cut_by_rank, host_bytes, host_numbers, row_bytes
+from .watch import Watch
+
+try:
+    from mpi4py import MPI
+except ImportError as error:
+    raise MissingDependencyError(
+        f"MPI communicators need mpi4py and an MPI library ({error}): pip install 'ffmoe[mpi]'"
+    ) from error
+
+DEFAULT_TIMEOUT = 300.0
+SET_UP = Step("set-up")
+
+Messages = list[tuple[int, np.ndarray]]  # (rank, bytes)
+
+
+class MpiControl:
+    """See ``Control``: notices as small messages on a duplicate of ``comm``, made within ``timeout`` seconds."""
+
+    def __init__(self, comm: MPI.Comm | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
+        comm = MPI.COMM_WORLD if comm is None else comm
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+        self._comm = _duplicate(comm, timeout)
+        self._sends: list[tuple[MPI.Request, bytes]] = []
+
+    def post(self, notice: str) -> None:
+        text = notice.encode()
+        for rank in range(self.size):
+            if rank != self.rank:
+                with contextlib.suppress(
+                    MPI.Exception
+                ):  # the rank is gone, as the notice may be about to say
+                    self._sends.append((self._comm.Isend([text, MPI.BYTE], rank), text))
+
+    def poll(self) -> list[tuple[int, str]]:
+        notices = []
+        status = MPI.Status()
+        try:
+            while self._comm.Iprobe(status=status):
+                text = bytearray(status.Get_count(MPI.BYTE))
+                self._comm.Recv([text, MPI.BYTE], status.Get_source())
+                notices.append((status.Get_source(), text.decode()))
+            self._sends = [(request, text) for request, text in self._sends if not request.Test()]
+        except MPI.Exception:  # a dead peer; those who live are heard at the next look
+            pass
+        return notices
+
+
+class MpiCommunicator:
+    """See ``Communicator``.
+
+    Parameters
+    ----------
+    comm : an mpi4py communicator, COMM_WORLD by default. It is duplicated, which all its ranks do together.
+    timeout : seconds a call waits for other ranks at most.
+
+    After a failure the process ends, when it does, without MPI_Finalize, which would wait for the missing ranks.
+    """
+
+    def __init__(self, comm: MPI.Comm | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
+        comm = MPI.COMM_WORLD if comm is None else comm
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+        self.sent_bytes: Counter[str] = Counter()
+        self._abandoned: list[Any] = []  # what MPI may still write to after a failure
+        self._watch = Watch(MpiControl(comm, timeout), timeout)
+        self._comm = _duplicate(comm, timeout)
+        self.timeout = self._watch.timeout
+
+    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> None:
+        counts = [1] * self.size
+        self.all_to_all_v(space, [(send, recv)], counts, counts, step).wait()
+
+    def all_to_all_v(
+        self,
+        space: Space,
+        parts: Parts,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        step: Step,
+    ) -> "MpiTransfer":
+        sends: Messages = []
+        recvs: Messages = []
+        for send, recv in parts:
+            source, target = host_bytes(send), host_bytes(recv)
+            to_send = cut_by_rank(send_counts, row_bytes(send))
+            to_recv = cut_by_rank(recv_counts, row_bytes(recv))
+            target[to_recv[self.rank]] = source[to_send[self.rank]]
+            sends += [(rank, source[to_send[rank]]) for rank in self._others]
+            recvs += [(rank, target[to_recv[rank]]) for rank in self._others]
+        transfer = self._start(sends, recvs, step, parts)
+        self.sent_bytes[step.name] += sum(memory.size for _, memory in sends)
+        return transfer
+
+    def all_reduce(self, space: Space, parts: Parts, step: Step) -> None:
+        sends: Messages = []
+        recvs: Messages = []
+        everyones = []
+        for send, _ in parts:
+            source = host_bytes(send)
+            everyone = np.empty((self.size, source.size), np.uint8)
+            everyone[self.rank] = source
+            everyones.append(everyone)
+            sends += [(rank, source) for rank in self._others]
+            recvs += [(rank, everyone[rank]) for rank in self._others]
+        self._start(sends, recvs, step, (parts, everyones)).wait()
+        for (_, recv), everyone in zip(parts, everyones, strict=True):
+            total = host_numbers(recv)
+            total[:] = 0
+            for numbers in everyone.view(total.dtype):  # in the order of ranks: the same bits on each
+                total += numbers
+
+    def read(self, space: Space, array: Array, step: Step) -> np.ndarray:
+        return space.to_host(array)
+
+    def gather(self, text: str, step: Step) -> list[str]:
+        return self._watch.gather(text, step)
+
+    def barrier(self, step: Step) -> None:
+        self._watch.gather("", step)
+
+    def abort(self, reason: str) -> None:
+        self._watch.abort(reason)
+
+    @property
+    def _others(self) -> list[int]:
+        """The other ranks, each beginning with its neighbour, so that not all send to one at a time."""
+        return [(self.rank + i) % self.size for i in range(1, self.size)]
+
+    def _start(self, sends: Messages, recvs: Messages, step: Step, keep: Any) -> "MpiTransfer":
+        number = self._watch.begin(step)
+        requests = []
+        for rank, memory in recvs:
+            with contextlib.suppress(MPI.Exception):  # below, a rank without a request stays missing
+                requests.append((rank, self._comm.Irecv([memory, MPI.BYTE], rank)))
+        for rank, memory in sends:
+            with contextlib.suppress(MPI.Exception):
+                requests.append((rank, self._comm.Isend([memory, MPI.BYTE], rank)))
+        dead = {rank for rank, _ in recvs + sends} - {rank for rank, _ in requests}
+        return MpiTransfer(self, number, requests, dead, keep)
+
+
+class MpiTransfer:
+    """See ``Transfer``: messages on their way, and the memory they need."""
+
+    def __init__(
+        self,
+        comm: MpiCommunicator,
+        number: int,
+        requests: list[tuple[int, MPI.Request]],
+        dead: set[int],
+        keep: Any,
+    ) -> None:
+        self._comm = comm
+        self._number = number
+        self._requests = requests
+        self._dead = dead
+        self._keep = keep
+
+    def wait(self) -> None:
+        try:
+            self._comm._watch.wait(self._number, self._waiting_for)
+        except CommError:
+            self._comm._abandoned.append((self._requests, self._keep))
+            raise
+        self._keep = None
+
+    def _waiting_for(self) -> set[int]:
+        left = []
+        for rank, request in self._requests:
+            try:
+                if not request.Test():
+                    left.append((rank, request))
+            except MPI.Exception:
+                self._dead.add(rank)
+        self._requests = left
+        return {rank for rank, _ in left} | self._dead
+
+
+def _duplicate(comm: MPI.Comm, timeout: float) -> MPI.Comm:
+    copy, request = comm.Idup()
+    deadline = time.monotonic() + timeout
+    while not request.Test():
+        if time.monotonic() > deadline:
+            raise CommError(
+                f"{SET_UP}: not all {comm.Get_size()} ranks made this communicator within {timeout:g} s",
+                (),
+                *SET_UP,
+            )
+        time.sleep(1e-4)
+    copy.Set_errhandler(MPI.ERRORS_RETURN)
+    return copy

@@ -1,0 +1,178 @@
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar
+
+from .comm import Communicator
+from .config import MoEConfig
+from .moe import MoEGrads
+
+_T = TypeVar("_T")
+
+LOSS_SCOPES: tuple[str, ...]
+
+class Sizes(NamedTuple):
+    """How much one call exchanges, known on the host."""
+
+    sent: tuple[int, ...]  # tokens to each rank
+    received: tuple[int, ...]  # tokens from each rank
+    rows: int  # of this rank's experts
+
+class Dispatched(NamedTuple):
+    """What ``ExpertParallel.dispatch`` returns: the tokens that came to this rank, and who goes where."""
+
+    received: Any  # [N, W] dtype of x: tokens, in the order of the ranks they came from
+    weights: Any  # [N, S] router dtype: of each token's experts here, as far as it has any
+    losses: Any  # [3] router dtype: aux loss, z-loss (each times its coefficient), router entropy in nats
+    logits: Any  # [T, E] router dtype
+    routing: Any  # uint8 [n]: RoutingLayout of this rank's T tokens and the group's E experts
+    balance: Any  # int32 [2E + 1]: the group's expert_offsets and tokens_per_expert; None for "local" losses
+    sending: Any  # uint8 [n]: RoutingLayout of this rank's T tokens and the ranks
+    pair_slots: Any  # int32 [T, K]: where a pair stands among the slots sent, or -1
+    receiving: Any  # uint8 [n]: RoutingLayout of N tokens with S slots and this rank's experts
+    sizes: Sizes
+
+class ExpertParallelResult(NamedTuple):
+    """What ``ExpertParallel.forward`` returns."""
+
+    output: Any  # [T, H]
+    losses: Any  # [3], as Dispatched.losses
+    dispatched: Dispatched
+    z: Any  # [rows, 2I] pre-activations of this rank's experts, or None
+
+def expert_range(num_experts: int, ep_size: int, ep_rank: int) -> range:
+    """The experts of a rank: runs as equal as can be, the longer ones on the first ranks."""
+
+class aborting(AbstractContextManager[aborting]):  # noqa: N801
+    """Errors that pass, other than CommError, are reported to the other ranks of ``comm``."""
+
+    def __init__(self, comm: Communicator) -> None: ...
+    def __exit__(self, *error: Any) -> None: ...
+
+class ExpertParallel:
+    """One layer whose experts are spread over the ranks of a communicator.
+
+    Parameters
+    ----------
+    comm : the group. Every rank makes its layers, and calls their methods, in the same order, those without
+        tokens among them.
+    config : the options of the whole layer; ``num_experts`` is that of the group.
+    layer : a name for error messages.
+    loss_scope : "group": the losses and the balance are of all ranks' tokens, the same on every rank.
+        "local": of this rank's tokens.
+    agree_on : further settings, by name, that must be the same on every rank.
+
+    ``experts`` is the range of this rank's experts. Tokens are dropped where they come from: a capacity bounds
+    what each rank sends an expert, ``capacity_factor`` by that rank's own T.
+
+    All gradients are those of the sum over ranks of each rank's own objective: those of w_up and w_down are
+    complete, those of gate_weight are this rank's part of a sum over ranks. Losses of the group are a part of
+    every rank's objective.
+
+    Raises
+    ------
+    ConfigError : the ranks differ in an option, which the message names with every rank's value; more ranks
+        than experts; an unknown ``loss_scope``.
+    CommError : from any method: a rank is missing or has failed; see ``Communicator``. An error on this rank
+        becomes a CommError on the others.
+    """
+
+    comm: Communicator
+    config: MoEConfig
+    layer: str
+    loss_scope: str
+    has_losses: bool
+    experts: range
+
+    def __init__(
+        self,
+        comm: Communicator,
+        config: MoEConfig,
+        *,
+        layer: str = "",
+        loss_scope: str = "group",
+        agree_on: Mapping[str, object] | None = None,
+    ) -> None: ...
+    def forward(
+        self,
+        x: Any,
+        gate_weight: Any,
+        w_up: Any,
+        w_down: Any,
+        *,
+        router_input: Any = None,
+        expert_bias: Any = None,
+        valid_mask: Any = None,
+        save_for_backward: bool = True,
+    ) -> ExpertParallelResult:
+        """The weighted output of the group's experts for this rank's tokens.
+
+        As ``moe_forward``, with this rank's experts only: w_up [experts, 2I, H] and w_down [experts, H, I].
+        T may differ from rank to rank and be 0.
+        """
+
+    def backward(
+        self,
+        grad_output: Any,
+        result: ExpertParallelResult,
+        x: Any,
+        gate_weight: Any,
+        w_up: Any,
+        w_down: Any,
+        *,
+        router_input: Any = None,
+        grad_losses: Any = None,
+    ) -> MoEGrads:
+        """Every gradient of ``forward``. As ``moe_backward``; see the class for what the gradients are of.
+
+        Raises ConfigError where grad_losses is None and the losses are the group's.
+        """
+
+    # --- the three parts of forward, and their gradients: for what may stand between them ---
+
+    def dispatch(
+        self,
+        x: Any,
+        gate_weight: Any,
+        *,
+        router_input: Any = None,
+        expert_bias: Any = None,
+        valid_mask: Any = None,
+    ) -> Dispatched:
+        """Route this rank's tokens, x [T, W], and send each to the ranks of its experts.
+
+        W is d_model, unless the gate reads ``router_input`` [T, d_model]: then x can have any width.
+        """
+
+    def run_experts(
+        self, received: Any, dispatched: Dispatched, w_up: Any, w_down: Any, *, save_for_backward: bool = True
+    ) -> tuple[Any, Any]:
+        """``(rows [N, H], z)``: each received token's weighted sum over its experts on this rank."""
+
+    def combine(self, rows: Any, dispatched: Dispatched) -> Any:
+        """[T, W]: rows [N, W] back where their tokens came from, and summed by token."""
+
+    def combine_backward(self, grad_output: Any, dispatched: Dispatched) -> Any:
+        """[N, W] from grad_output [T, W]."""
+
+    def run_experts_backward(
+        self, d_rows: Any, received: Any, z: Any, dispatched: Dispatched, w_up: Any, w_down: Any
+    ) -> tuple[Any, Any, Callable[[], tuple[Any, Any]]]:
+        """``(d_received [N, H], d_weights [N, S], weight_gradients)``.
+
+        ``weight_gradients()`` computes ``(dw_up, dw_down)``: left to the caller, so that it can be done while
+        d_received is on its way.
+        """
+
+    def dispatch_backward(
+        self,
+        d_received: Any,
+        d_weights: Any,
+        dispatched: Dispatched,
+        x: Any,
+        gate_weight: Any,
+        *,
+        router_input: Any = None,
+        grad_losses: Any = None,
+        meanwhile: Callable[[], _T] | None = None,
+    ) -> tuple[Any, Any, Any, _T | None]:
+        """``(dx, d_router_input, d_gate_weight, what meanwhile() returned)``; d_router_input may be None."""

@@ -1,0 +1,620 @@
+"""A layer whose experts are spread over ranks: dispatch, experts, combine, and the way back.
+
+Three plans say who goes where, all of them made by the same stable sort:
+    routing    a token's pairs, to the experts of the whole group; here tokens are dropped, too
+    sending    a token, once to each rank that holds any of its experts
+    receiving  the pairs of the tokens that came, to the experts of this rank
+A token crosses with its slots: for each of its experts on that rank the number there, and the weight. The
+experts' products read the received tokens in place, their rows are summed there in the order of the slots, and
+one row goes back for each that came. Backward goes the same ways: what was gathered is summed and vice versa.
+
+What is exchanged, and in which order, is the same on every rank, whatever its number of tokens.
+"""
+
+import json
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from libc.stdint cimport int64_t
+
+from .arrays cimport FLOAT64, INT32, UINT8, Array, Space, space_of, view
+from .checks cimport (
+    bias_of,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_floating,
+    check_like,
+    check_rows,
+    check_shape,
+    mask_of,
+    router_dtype,
+)
+from .moe cimport RoutingParts
+
+from .backend import backend_for
+from .checks import check_config
+from .comm.communicator import Step
+from .config import MoEConfig
+from .errors import CommError, ConfigError
+from .moe import MoEGrads, check_capacity, packed_layout
+
+LOSS_SCOPES = ("group", "local")
+
+
+class Sizes(NamedTuple):
+    """How much one call exchanges, known on the host."""
+
+    sent: tuple  # tokens to each rank
+    received: tuple  # tokens from each rank
+    rows: int  # of this rank's experts
+
+
+class Dispatched(NamedTuple):
+    """What ``ExpertParallel.dispatch`` returns."""
+
+    received: Any  # [N, W]
+    weights: Any  # [N, S] router dtype
+    losses: Any  # [3] router dtype
+    logits: Any  # [T, E] router dtype
+    routing: Any  # uint8 [n]
+    balance: Any  # int32 [2E + 1] or None
+    sending: Any  # uint8 [n]
+    pair_slots: Any  # int32 [T, K]
+    receiving: Any  # uint8 [n]
+    sizes: Sizes
+
+
+class ExpertParallelResult(NamedTuple):
+    """What ``ExpertParallel.forward`` returns."""
+
+    output: Any  # [T, H]
+    losses: Any  # [3] router dtype
+    dispatched: Dispatched
+    z: Any  # [rows, 2I] or None
+
+
+def expert_range(num_experts, ep_size, ep_rank):
+    """The experts of a rank. See expert_parallel.pyi."""
+    size, longer = divmod(num_experts, ep_size)
+    first = ep_rank * size + min(ep_rank, longer)
+    return range(first, first + size + (ep_rank < longer))
+
+
+class ExpertParallel:
+    """The exchanges and experts of one layer on one rank. See expert_parallel.pyi for shapes and errors."""
+
+    def __init__(self, comm, config, *, layer="", loss_scope="group", agree_on=None):
+        check_config(config, MoEConfig)
+        if loss_scope not in LOSS_SCOPES:
+            raise ConfigError(
+                f"loss_scope={loss_scope!r} is unknown; known: {', '.join(map(repr, LOSS_SCOPES))}"
+            )
+        self.comm = comm
+        self.config = config
+        self.layer = layer
+        self.loss_scope = loss_scope
+        self.has_losses = config.aux_loss_coeff > 0 or config.z_loss_coeff > 0
+        _check_agreement(
+            comm,
+            Step("configuration", layer),
+            {**asdict(config), "loss_scope": loss_scope, "timeout": comm.timeout, **(agree_on or {})},
+        )
+        if config.num_experts < comm.size:
+            raise ConfigError(
+                f"num_experts={config.num_experts} is less than ep_size={comm.size}: each rank needs an expert"
+            )
+        self.experts = expert_range(config.num_experts, comm.size, comm.rank)
+
+    # --- the whole layer ---
+
+    def forward(
+        self, x, gate_weight, w_up, w_down, *,
+        router_input=None, expert_bias=None, valid_mask=None, save_for_backward=True,
+    ):
+        dispatched = self.dispatch(
+            x, gate_weight, router_input=router_input, expert_bias=expert_bias, valid_mask=valid_mask
+        )
+        rows, z = self.run_experts(
+            dispatched.received, dispatched, w_up, w_down, save_for_backward=save_for_backward
+        )
+        output = self.combine(rows, dispatched)
+        return ExpertParallelResult(output, dispatched.losses, dispatched, z)
+
+    def backward(
+        self, grad_output, result, x, gate_weight, w_up, w_down, *, router_input=None, grad_losses=None
+    ):
+        dispatched = result.dispatched
+        d_rows = self.combine_backward(grad_output, dispatched)
+        d_received, d_weights, weight_gradients = self.run_experts_backward(
+            d_rows, dispatched.received, result.z, dispatched, w_up, w_down
+        )
+        dx, d_router, d_gate, (dw_up, dw_down) = self.dispatch_backward(
+            d_received, d_weights, dispatched, x, gate_weight,
+            router_input=router_input, grad_losses=grad_losses, meanwhile=weight_gradients,
+        )
+        return MoEGrads(dx, d_router, d_gate, dw_up, dw_down)
+
+    # --- dispatch ---
+
+    def dispatch(self, x, gate_weight, *, router_input=None, expert_bias=None, valid_mask=None):
+        with aborting(self.comm):
+            return _dispatch(self, x, gate_weight, router_input, expert_bias, valid_mask)
+
+    def dispatch_backward(
+        self, d_received, d_weights, dispatched, x, gate_weight, *,
+        router_input=None, grad_losses=None, meanwhile=None,
+    ):
+        with aborting(self.comm):
+            return _dispatch_backward(
+                self, d_received, d_weights, dispatched, x, gate_weight, router_input, grad_losses, meanwhile
+            )
+
+    # --- this rank's experts ---
+
+    def run_experts(self, received, dispatched, w_up, w_down, *, save_for_backward=True):
+        with aborting(self.comm):
+            return _run_experts(self, received, dispatched, w_up, w_down, save_for_backward)
+
+    def run_experts_backward(self, d_rows, received, z, dispatched, w_up, w_down):
+        with aborting(self.comm):
+            return _run_experts_backward(self, d_rows, received, z, dispatched, w_up, w_down)
+
+    # --- combine ---
+
+    def combine(self, rows, dispatched):
+        with aborting(self.comm):
+            return _combine(self, rows, dispatched)
+
+    def combine_backward(self, grad_output, dispatched):
+        with aborting(self.comm):
+            return _combine_backward(self, grad_output, dispatched)
+
+
+class aborting:
+    """An error on this rank becomes one on the others, who would wait for it in vain."""
+
+    def __init__(self, comm):
+        self.comm = comm
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None and not isinstance(error, CommError):
+            self.comm.abort(f"{kind.__name__}: {error}")
+
+
+def _check_agreement(comm, step, mine):
+    """Every rank says how it is configured: what differs is a ConfigError on all of them."""
+    all_said = [json.loads(text) for text in comm.gather(json.dumps(mine, default=str), step)]
+    for name in dict.fromkeys(name for said in all_said for name in said):
+        values = [said.get(name) for said in all_said]
+        if any(value != values[0] for value in values):
+            listed = ", ".join(f"rank {rank}: {value!r}" for rank, value in enumerate(values))
+            where = f" for {step.layer}" if step.layer else ""
+            raise ConfigError(f"the ranks do not agree on {name}{where} ({listed})")
+
+
+# --- the plans ---
+
+cdef class _Plans:
+    """The three plans of a call, and their sizes."""
+
+    cdef RoutingParts routing, sending, receiving
+    cdef Array routing_block, sending_block, receiving_block
+    cdef tuple routing_layout, sending_layout, receiving_layout  # as of packed_layout
+    cdef int router  # the router's dtype
+    cdef int64_t num_ranks, num_local
+    cdef int64_t most_ranks  # D: that a token can go to
+    cdef int64_t num_slots  # S: that go with a token
+    cdef int64_t num_sent, num_received, num_rows
+
+    def __cinit__(self, layer, int64_t num_tokens, int router):
+        config = layer.config
+        self.router = router
+        self.num_ranks = layer.comm.size
+        self.num_local = len(layer.experts)
+        self.most_ranks = min(config.top_k, self.num_ranks)
+        self.num_slots = min(config.top_k, -(-config.num_experts // self.num_ranks))
+        self.routing_layout = packed_layout(num_tokens, config.top_k, config.num_experts, router)
+        self.sending_layout = packed_layout(num_tokens, self.most_ranks, self.num_ranks, router)
+
+    cdef int set_sending(self, Array routing_block, Array sending_block) except -1:
+        self.routing_block = routing_block
+        self.routing = RoutingParts(routing_block, self.routing_layout[1])
+        self.sending_block = sending_block
+        self.sending = RoutingParts(sending_block, self.sending_layout[1])
+        return 0
+
+    cdef int set_sizes(self, sizes) except -1:
+        self.num_sent = sum(sizes.sent)
+        self.num_received = sum(sizes.received)
+        self.num_rows = sizes.rows
+        check_rows(self.num_received, self.num_slots)
+        self.receiving_layout = packed_layout(
+            self.num_received, self.num_slots, self.num_local, self.router
+        )
+        return 0
+
+    cdef int set_receiving(self, Array receiving_block) except -1:
+        self.receiving_block = receiving_block
+        self.receiving = RoutingParts(receiving_block, self.receiving_layout[1])
+        return 0
+
+    cdef Array row_token(self):
+        """Which received token each of the experts' rows is; the plan's own has room for every slot."""
+        cdef Array index = self.receiving.row_token
+        return index.at(0, (self.num_rows,), INT32)
+
+    cdef Array row_weights(self):
+        cdef Array weights = self.receiving.row_weights
+        return weights.at(0, (self.num_rows,), weights.dtype)
+
+
+cdef _Plans plans_of(layer, dispatched, int64_t num_tokens, int router):
+    """The plans of an earlier ``dispatch``."""
+    cdef _Plans plans = _Plans(layer, num_tokens, router)
+    plans.set_sizes(dispatched.sizes)
+    plans.set_sending(
+        block_of(dispatched.routing, "dispatched.routing", plans.routing_layout),
+        block_of(dispatched.sending, "dispatched.sending", plans.sending_layout),
+    )
+    plans.set_receiving(block_of(dispatched.receiving, "dispatched.receiving", plans.receiving_layout))
+    return plans
+
+
+cdef Array block_of(object block, str name, tuple layout):
+    cdef Array array = view(block, name)
+    check_shape(array, name, "[RoutingLayout.nbytes]", layout[0])
+    check_dtype(array, name, (<int>UINT8,))
+    return array
+
+
+cdef Array balance_of(_Plans plans):
+    """int32 [2E + 1]: expert_offsets and tokens_per_expert, which stand together at the end of the block."""
+    cdef int64_t size = 2 * plans.routing.tokens_per_expert.dims[0] + 1
+    return plans.routing_block.at(plans.routing_block.nbytes - 4 * size, (size,), INT32)
+
+
+# --- dispatch ---
+
+def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
+    config, comm = layer.config, layer.comm
+    cdef Array tokens = view(x, "x"), gate = view(gate_weight, "gate_weight"), routed = tokens
+    check_shape(tokens, "x", "[T, width]", -1, -1)
+    check_floating(tokens, "x")
+    cdef int64_t T = tokens.dims[0], width = tokens.dims[1], E = config.num_experts, K = config.top_k
+    cdef int W = router_dtype(tokens)
+    check_rows(T, K)
+    cdef _Plans plans = _Plans(layer, T, W)
+    cdef int64_t P = plans.num_ranks, D = plans.most_ranks, S = plans.num_slots
+    check_rows(T * D, S)
+    if router_input is not None:
+        routed = view(router_input, "router_input")
+        check_shape(routed, "router_input", "[T, d_model]", T, config.d_model)
+        check_like(routed, "router_input", tokens, "x")
+    else:
+        check_shape(tokens, "x", "[T, d_model]", T, config.d_model)
+    check_gate(gate, config, tokens)
+    cdef Array bias = bias_of(expert_bias, E, tokens), mask = mask_of(valid_mask, T, tokens)
+    cdef Space space = space_of(x, tokens)
+    backend = backend_for(space)
+    cdef bint group = layer.loss_scope == "group"
+
+    # who goes to which expert
+    plans.set_sending(
+        space.empty((plans.routing_layout[0],), UINT8),
+        space.empty((plans.sending_layout[0],), UINT8),
+    )
+    cdef Array logits = space.empty((T, E), W)
+    cdef Array losses = space.empty((3,), W)
+    cdef Array sums = space.empty((2, E + 2), FLOAT64) if group else None  # this rank's, the group's
+    cdef Array tokens_per_expert = plans.routing.tokens_per_expert
+    plan, sending = plans.routing, plans.sending
+    backend.gate_logits(space, routed, gate, logits)
+    check_finite(space, logits)
+    cdef Array own_sums = sums.at(0, (E + 2,), FLOAT64) if group else None
+    backend.route(
+        space, config, logits, bias, mask, plan.topk_idx, plan.topk_weights, tokens_per_expert, losses, own_sums
+    )
+    capacity = config.capacity(T)
+    if capacity is None:
+        capacity = -1
+    elif not config.allow_dropped_tokens:
+        check_capacity(space, tokens_per_expert, capacity)
+    backend.sort(
+        space, plan.topk_idx, plan.topk_weights, capacity, config.drop_policy,
+        plan.expert_offsets, plan.row_token, plan.row_weights, plan.token_rows,
+    )
+
+    # and so to which rank; a sort wants weights, but nothing reads these
+    cdef Array any_weights = plan.topk_weights
+    backend.dispatch_ranks(space, plan.topk_idx, plan.token_rows, E, P, sending.topk_idx)
+    backend.sort(
+        space, sending.topk_idx, any_weights.at(0, (T, D), W), -1, "position",
+        sending.expert_offsets, sending.row_token, sending.row_weights, sending.token_rows,
+    )
+    cdef Array slot_experts = space.empty((T * D, S), INT32)
+    cdef Array slot_weights = space.empty((T * D, S), W)
+    cdef Array pair_slots = space.empty((T, K), INT32)
+    cdef Array counts = space.empty((2, P, 2), INT32)  # rows and pairs: to each rank, from each rank
+    cdef Array counts_out = counts.at(0, (P, 2), INT32), counts_in = counts.at(8 * P, (P, 2), INT32)
+    backend.dispatch_slots(
+        space, plan.topk_idx, plan.topk_weights, plan.token_rows, plan.expert_offsets, sending.topk_idx,
+        sending.token_rows, sending.expert_offsets, slot_experts, slot_weights, pair_slots, counts_out,
+    )
+    comm.all_to_all(space, counts_out, counts_in, Step("counts", layer.layer))
+    cdef Array packed = space.empty((T * D, width), tokens.dtype)
+    backend.permute(space, tokens, sending.row_token, sending.expert_offsets, packed)
+    known = comm.read(space, counts, Step("counts", layer.layer))
+    sizes = Sizes(tuple(known[0, :, 0].tolist()), tuple(known[1, :, 0].tolist()), int(known[1, :, 1].sum()))
+    plans.set_sizes(sizes)
+
+    # the tokens cross
+    plans.set_receiving(space.empty((plans.receiving_layout[0],), UINT8))
+    receiving = plans.receiving
+    cdef Array received = space.empty((plans.num_received, width), tokens.dtype)
+    cdef Array weights = space.empty((plans.num_received, S), W)
+    transfer = comm.all_to_all_v(
+        space,
+        [(packed, received), (slot_experts, receiving.topk_idx), (slot_weights, weights)],
+        sizes.sent,
+        sizes.received,
+        Step("dispatch", layer.layer),
+    )
+    cdef Array balance = None
+    if group:
+        balance = space.empty((2 * E + 1,), INT32)
+        comm.all_reduce(
+            space,
+            [(balance_of(plans), balance), (own_sums, sums.at(8 * (E + 2), (E + 2,), FLOAT64))],
+            Step("losses", layer.layer),
+        )
+        backend.router_losses(
+            space, config, sums.at(8 * (E + 2), (E + 2,), FLOAT64),
+            balance.at(4 * (E + 1), (E,), INT32), losses,
+        )
+    transfer.wait()
+    backend.sort(
+        space, receiving.topk_idx, weights, -1, "position",
+        receiving.expert_offsets, receiving.row_token, receiving.row_weights, receiving.token_rows,
+    )
+    parts = (received, weights, losses, logits, plans.routing_block)
+    others = (plans.sending_block, pair_slots, plans.receiving_block)
+    return Dispatched(
+        *[space.export(part) for part in parts],
+        None if balance is None else space.export(balance),
+        *[space.export(part) for part in others],
+        sizes,
+    )
+
+
+def _dispatch_backward(
+    layer, d_received, d_weights, dispatched, x, gate_weight, router_input, grad_losses, meanwhile
+):
+    config, comm = layer.config, layer.comm
+    cdef Array d_tokens = view(d_received, "d_received"), d_slots = view(d_weights, "d_weights")
+    cdef Array tokens = view(x, "x"), gate = view(gate_weight, "gate_weight"), routed = tokens
+    check_shape(tokens, "x", "[T, width]", -1, -1)
+    check_floating(tokens, "x")
+    cdef int64_t T = tokens.dims[0], width = tokens.dims[1], E = config.num_experts, H = config.d_model
+    cdef int W = router_dtype(tokens), K = config.top_k
+    cdef _Plans plans = plans_of(layer, dispatched, T, W)
+    cdef int64_t S = plans.num_slots, N = plans.num_sent
+    check_shape(d_tokens, "d_received", "[N, width]", plans.num_received, width)
+    check_like(d_tokens, "d_received", tokens, "x")
+    check_shape(d_slots, "d_weights", "[N, slots]", plans.num_received, S)
+    check_dtype(d_slots, "d_weights", (W,))
+    check_device(d_slots, "d_weights", tokens, "x")
+    if router_input is not None:
+        routed = view(router_input, "router_input")
+        check_shape(routed, "router_input", "[T, d_model]", T, H)
+        check_like(routed, "router_input", tokens, "x")
+    check_gate(gate, config, tokens)
+    cdef Array logits = view(dispatched.logits, "dispatched.logits")
+    check_shape(logits, "dispatched.logits", "[T, num_experts]", T, E)
+    check_dtype(logits, "dispatched.logits", (W,))
+    cdef Array pair_slots = view(dispatched.pair_slots, "dispatched.pair_slots")
+    check_shape(pair_slots, "dispatched.pair_slots", "[T, top_k]", T, K)
+    check_dtype(pair_slots, "dispatched.pair_slots", (<int>INT32,))
+    cdef Array d_losses = None
+    if grad_losses is not None:
+        d_losses = view(grad_losses, "grad_losses")
+        check_shape(d_losses, "grad_losses", "[3]", 3)
+        check_device(d_losses, "grad_losses", tokens, "x")
+        check_dtype(d_losses, "grad_losses", (W,))
+    elif layer.loss_scope == "group" and layer.has_losses:
+        raise ConfigError(
+            "grad_losses=None: losses of the whole group need every rank's gradient of them; pass zeros where "
+            "there is none"
+        )
+    cdef Space space = space_of(x, tokens)
+    backend = backend_for(space)
+
+    cdef Array returned = space.empty((N, width), tokens.dtype)
+    cdef Array d_pairs = space.empty((N, S), W)
+    transfer = comm.all_to_all_v(
+        space,
+        [(d_tokens, returned), (d_slots, d_pairs)],
+        dispatched.sizes.received,
+        dispatched.sizes.sent,
+        Step("dispatch backward", layer.layer),
+    )
+    between = None if meanwhile is None else meanwhile()
+    cdef Array tokens_per_expert = plans.routing.tokens_per_expert, balance, own_d_losses
+    if layer.loss_scope == "group" and layer.has_losses:
+        own_d_losses = d_losses
+        d_losses = space.empty((3,), W)  # of the sum of all ranks' objectives, each of which holds the losses
+        comm.all_reduce(space, [(own_d_losses, d_losses)], Step("losses backward", layer.layer))
+        balance = view(dispatched.balance, "dispatched.balance")
+        check_shape(balance, "dispatched.balance", "[2 * num_experts + 1]", 2 * E + 1)
+        check_dtype(balance, "dispatched.balance", (<int>INT32,))
+        tokens_per_expert = balance.at(4 * (E + 1), (E,), INT32)
+    transfer.wait()
+    cdef Array dx = space.empty((T, width), tokens.dtype)
+    backend.combine(space, returned, plans.sending.token_rows, None, dx)
+    cdef Array d_logits = space.empty((T, E), W)
+    plan = plans.routing
+    backend.route_backward(
+        space, config, logits, plan.topk_idx, plan.topk_weights, tokens_per_expert,
+        pair_slots, d_pairs.at(0, (N * S,), W), d_losses, d_logits,
+    )
+    cdef Array d_gate = space.empty((E, H), gate.dtype)
+    cdef bint own_input = router_input is None
+    cdef Array d_router = dx if own_input else space.empty((T, H), tokens.dtype)
+    backend.gate_backward(space, d_logits, routed, gate, d_router, d_gate, own_input)
+    return (
+        space.export(dx),
+        None if own_input else space.export(d_router),
+        space.export(d_gate),
+        between,
+    )
+
+
+cdef int check_gate(Array gate, config, Array tokens) except -1:
+    check_shape(gate, "gate_weight", "[num_experts, d_model]", config.num_experts, config.d_model)
+    check_device(gate, "gate_weight", tokens, "x")
+    check_dtype(gate, "gate_weight", (tokens.dtype, router_dtype(tokens)))
+    return 0
+
+
+# --- this rank's experts ---
+
+cdef int check_experts(layer, Array received, Array up, Array down, _Plans plans) except -1:
+    config = layer.config
+    cdef int64_t L = plans.num_local, H = config.d_model, I = config.ffn_dim // 2
+    check_shape(received, "received", "[N, d_model]", plans.num_received, H)
+    check_shape(up, "w_up", "[experts of this rank, ffn_dim, d_model]", L, 2 * I, H)
+    check_like(up, "w_up", received, "received")
+    check_shape(down, "w_down", "[experts of this rank, d_model, ffn_dim // 2]", L, H, I)
+    check_like(down, "w_down", received, "received")
+    return 0
+
+
+cdef int64_t tokens_of(layer, dispatched) except -1:
+    return view(dispatched.logits, "dispatched.logits").dims[0]
+
+
+def _run_experts(layer, received, dispatched, w_up, w_down, save_for_backward):
+    config = layer.config
+    cdef Array tokens = view(received, "received"), up = view(w_up, "w_up"), down = view(w_down, "w_down")
+    check_floating(tokens, "received")
+    cdef _Plans plans = plans_of(layer, dispatched, tokens_of(layer, dispatched), router_dtype(tokens))
+    check_experts(layer, tokens, up, down, plans)
+    cdef Array weights = view(dispatched.weights, "dispatched.weights")
+    cdef Space space = space_of(received, tokens)
+    backend = backend_for(space)
+    cdef int64_t R = plans.num_rows, I = config.ffn_dim // 2, H = config.d_model
+    receiving = plans.receiving
+    cdef Array z = None
+    if save_for_backward and not config.recompute_activations:
+        z = space.empty((R, 2 * I), tokens.dtype)
+    cdef Array a = space.empty((R, I), tokens.dtype)
+    backend.grouped_glu(
+        space, tokens, up, receiving.expert_offsets, plans.row_token(), config.activation, z, a
+    )
+    cdef Array y = space.empty((R, H), tokens.dtype)
+    backend.grouped_gemm(space, a, down, receiving.expert_offsets, None, True, y)
+    a = None
+    cdef Array rows = space.empty((plans.num_received, H), tokens.dtype)
+    backend.combine(space, y, receiving.token_rows, weights, rows)
+    return space.export(rows), None if z is None else space.export(z)
+
+
+def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_down):
+    config = layer.config
+    cdef Array tokens = view(received, "received"), up = view(w_up, "w_up"), down = view(w_down, "w_down")
+    cdef Array d_out = view(d_rows, "d_rows"), z
+    check_floating(tokens, "received")
+    cdef int W = router_dtype(tokens)
+    cdef _Plans plans = plans_of(layer, dispatched, tokens_of(layer, dispatched), W)
+    check_experts(layer, tokens, up, down, plans)
+    cdef int64_t R = plans.num_rows, N = plans.num_received, L = plans.num_local, S = plans.num_slots
+    cdef int64_t I = config.ffn_dim // 2, H = config.d_model
+    check_shape(d_out, "d_rows", "[N, d_model]", N, H)
+    check_like(d_out, "d_rows", tokens, "received")
+    cdef Space space = space_of(received, tokens)
+    backend = backend_for(space)
+    receiving = plans.receiving
+    cdef Array offsets = receiving.expert_offsets, row_token = plans.row_token()
+    cdef Array pa = space.empty((R, I), tokens.dtype)
+    if kept_z is not None:
+        z = view(kept_z, "z")
+        check_shape(z, "z", "[rows, ffn_dim]", R, 2 * I)
+        check_like(z, "z", tokens, "received")
+    else:
+        z = space.empty((R, 2 * I), tokens.dtype)
+        # pa takes the recomputed activations only to be overwritten by the next stage
+        backend.grouped_glu(space, tokens, up, offsets, row_token, config.activation, z, pa)
+    cdef Array dz = space.empty((R, 2 * I), tokens.dtype)
+    cdef Array dp = space.empty((R, 1), W)
+    backend.grouped_glu_backward(
+        space, d_out, down, offsets, row_token, plans.row_weights(), z, config.activation, dz, pa,
+        dp.at(0, (R,), W),
+    )
+    z = None
+    cdef Array dx_rows = space.empty((R, H), tokens.dtype)
+    backend.grouped_gemm(space, dz, up, offsets, None, False, dx_rows)
+    cdef Array d_tokens = space.empty((N, H), tokens.dtype)
+    backend.combine(space, dx_rows, receiving.token_rows, None, d_tokens)
+    dx_rows = None
+    # a slot's gradient is its row's: a sum of one
+    cdef Array slot_rows = receiving.token_rows, d_slots = space.empty((N, S), W)
+    backend.combine(
+        space, dp, slot_rows.at(0, (N * S, 1), INT32), None, d_slots.at(0, (N * S, 1), W)
+    )
+
+    def weight_gradients():
+        cdef Array dw_down = space.empty((L, H, I), tokens.dtype)
+        backend.grouped_gemm_wgrad(space, d_out, pa, offsets, row_token, None, dw_down, False)
+        cdef Array dw_up = space.empty((L, 2 * I, H), tokens.dtype)
+        backend.grouped_gemm_wgrad(space, dz, tokens, offsets, None, row_token, dw_up, False)
+        return space.export(dw_up), space.export(dw_down)
+
+    return space.export(d_tokens), space.export(d_slots), weight_gradients
+
+
+# --- combine ---
+
+def _combine(layer, rows, dispatched):
+    cdef Array source = view(rows, "rows")
+    check_shape(source, "rows", "[N, width]", -1, -1)
+    check_floating(source, "rows")
+    cdef int64_t T = tokens_of(layer, dispatched), width = source.dims[1]
+    cdef _Plans plans = plans_of(layer, dispatched, T, router_dtype(source))
+    check_shape(source, "rows", "[N, width]", plans.num_received, width)
+    cdef Space space = space_of(rows, source)
+    cdef Array returned = space.empty((plans.num_sent, width), source.dtype)
+    layer.comm.all_to_all_v(
+        space,
+        [(source, returned)],
+        dispatched.sizes.received,
+        dispatched.sizes.sent,
+        Step("combine", layer.layer),
+    ).wait()
+    cdef Array output = space.empty((T, width), source.dtype)
+    backend_for(space).combine(space, returned, plans.sending.token_rows, None, output)
+    return space.export(output)
+
+
+def _combine_backward(layer, grad_output, dispatched):
+    cdef Array d_out = view(grad_output, "grad_output")
+    cdef int64_t T = tokens_of(layer, dispatched)
+    check_shape(d_out, "grad_output", "[T, width]", T, -1)
+    check_floating(d_out, "grad_output")
+    cdef int64_t width = d_out.dims[1]
+    cdef _Plans plans = plans_of(layer, dispatched, T, router_dtype(d_out))
+    cdef Space space = space_of(grad_output, d_out)
+    sending = plans.sending
+    cdef Array packed = space.empty((plans.num_sent, width), d_out.dtype)
+    backend_for(space).permute(space, d_out, sending.row_token, sending.expert_offsets, packed)
+    cdef Array d_rows = space.empty((plans.num_received, width), d_out.dtype)
+    layer.comm.all_to_all_v(
+        space,
+        [(packed, d_rows)],
+        dispatched.sizes.sent,
+        dispatched.sizes.received,
+        Step("combine backward", layer.layer),
+    ).wait()
+    return space.export(d_rows)

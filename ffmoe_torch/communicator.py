@@ -1,0 +1,246 @@
+"""Communicators for torch: a process group as transport, its store as the line for notices."""
+
+import contextlib
+import ctypes
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ffmoe_core.arrays import DTYPE_NAMES, Array, DeviceType, Space
+from ffmoe_core.comm import Communicator, Control, Step
+from ffmoe_core.comm.communicator import Parts
+from ffmoe_core.comm.host import row_bytes
+from ffmoe_core.comm.watch import Watch
+from ffmoe_core.errors import ConfigError, DeviceError
+
+EP_BACKENDS = ("auto", "mpi", "nccl", "torch")
+DEFAULT_TIMEOUT = 300.0
+
+
+def communicator_for(ep_group: Any, ep_backend: str, timeout: float, device: torch.device) -> Communicator:
+    """The communicator of a group, for parameters on ``device``: one for all layers that ask alike.
+
+    ``ep_group`` is a ProcessGroup, an mpi4py communicator, a Communicator (taken as it is), or None: everyone.
+    Every rank of the group calls this in the same order.
+    """
+    if ep_backend not in EP_BACKENDS:
+        known = ", ".join(map(repr, EP_BACKENDS))
+        raise ConfigError(f"ep_backend={ep_backend!r} is unknown; known: {known}")
+    if hasattr(ep_group, "all_to_all_v"):
+        return ep_group
+    if ep_group is None and ep_backend != "mpi" and dist.is_available() and dist.is_initialized():
+        ep_group = dist.group.WORLD
+    over_torch = isinstance(ep_group, dist.ProcessGroup)
+    if ep_backend == "auto":
+        ep_backend = "nccl" if device.type == "cuda" else "torch" if over_torch else "mpi"
+    if ep_backend in ("torch", "nccl") and ep_group is None:
+        raise ConfigError(
+            f"ep_backend={ep_backend!r} needs an ep_group, or torch.distributed.init_process_group before"
+        )
+    if ep_backend == "torch" and not over_torch:
+        raise ConfigError(f"ep_backend='torch' needs a ProcessGroup as ep_group; it is a {_kind(ep_group)}")
+    if not over_torch and ep_group is not None and not hasattr(ep_group, "handle"):
+        raise ConfigError(f"ep_group is a {_kind(ep_group)}; pass a ProcessGroup or an mpi4py communicator")
+    if ep_backend == "mpi" and over_torch:
+        raise ConfigError(
+            "ep_backend='mpi' needs an mpi4py communicator as ep_group, or None for COMM_WORLD; it is a "
+            f"{_kind(ep_group)}"
+        )
+    if over_torch:
+        made = _made.setdefault(ep_group, {})
+    else:
+        made = _made_over_mpi.setdefault(None if ep_group is None else ep_group.handle, {})
+    key = (ep_backend, timeout)
+    if key not in made:
+        made[key] = _new(ep_group, ep_backend, timeout, device, f"{len(made)}")
+    return made[key]
+
+
+def _new(ep_group: Any, ep_backend: str, timeout: float, device: torch.device, name: str) -> Communicator:
+    over_torch = isinstance(ep_group, dist.ProcessGroup)
+    if ep_backend == "torch":
+        return TorchCommunicator(ep_group, timeout, name)
+    if ep_backend == "mpi":
+        from ffmoe_core.comm.mpi import MpiCommunicator
+
+        return MpiCommunicator(ep_group, timeout)
+    if device.type != "cuda":
+        raise DeviceError(
+            f"ep_backend='nccl' needs the layer on a GPU; its parameters are on {device}. Move it before "
+            "shard_experts, or use 'mpi' or 'torch'"
+        )
+    from ffmoe_core.comm.nccl import NcclCommunicator
+
+    control: Control
+    if over_torch:
+        control = StoreControl(ep_group, name)
+    else:
+        from ffmoe_core.comm.mpi import MpiControl
+
+        control = MpiControl(ep_group, timeout)
+    return NcclCommunicator(control, device_id=device.index, timeout=timeout)
+
+
+def _kind(ep_group: Any) -> str:
+    return f"{type(ep_group).__module__}.{type(ep_group).__qualname__}"
+
+
+_made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, float], Communicator]]" = WeakKeyDictionary()
+_made_over_mpi: dict[int | None, dict[tuple[str, float], Communicator]] = {}
+
+
+class StoreControl:
+    """See ``Control``: notices as keys of the store that the default process group was made with."""
+
+    def __init__(self, group: dist.ProcessGroup, name: str) -> None:
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        ranks = "-".join(map(str, dist.get_process_group_ranks(group)))
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.distributed_c10d.PrefixStore(f"ffmoe/{group.group_name}/{ranks}/{name}", store)
+        self._posted = 0
+        self._seen = 0  # notices of anyone
+        self._next = [0] * self.size  # the number of each rank's next notice
+
+    def post(self, notice: str) -> None:
+        with contextlib.suppress(dist.DistError, RuntimeError):  # the store went with the rank that held it
+            self._store.set(f"{self.rank}/{self._posted}", notice)
+            self._store.add("posted", 1)
+        self._posted += 1
+
+    def poll(self) -> list[tuple[int, str]]:
+        notices = []
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            posted = self._store.add("posted", 0)
+            if posted == self._seen:
+                return []
+            for rank in range(self.size):
+                while rank != self.rank and self._store.check([f"{rank}/{self._next[rank]}"]):
+                    notices.append((rank, self._store.get(f"{rank}/{self._next[rank]}").decode()))
+                    self._next[rank] += 1
+            self._seen = posted
+        return notices
+
+
+class TorchCommunicator:
+    """See ``Communicator``: collectives of a process group, gloo's for host memory or another's that fits.
+
+    Collectives do not tell who is missing; the ranks find out by the notices of those who are not.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout: float = DEFAULT_TIMEOUT, name: str = "") -> None:
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.sent_bytes: Counter[str] = Counter()
+        self._group = group
+        self._watch = Watch(StoreControl(group, name), timeout)
+        self.timeout = self._watch.timeout
+        self._abandoned: list[Any] = []  # what an exchange may still write to after a failure
+
+    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> None:
+        counts = [1] * self.size
+        self.all_to_all_v(space, [(send, recv)], counts, counts, step).wait()
+
+    def all_to_all_v(
+        self,
+        space: Space,
+        parts: Parts,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        step: Step,
+    ) -> "TorchTransfer":
+        number = self._watch.begin(step)
+        works = []
+        for send, recv in parts:
+            sent_bytes = [count * row_bytes(send) for count in send_counts]
+            recv_bytes = [count * row_bytes(recv) for count in recv_counts]
+            source, target = as_bytes(send)[: sum(sent_bytes)], as_bytes(recv)
+            if self.size == 1:  # gloo leaves a rank's rows to itself out, where there is no other
+                target.copy_(source)
+                continue
+            works.append(
+                dist.all_to_all_single(
+                    target, source, recv_bytes, sent_bytes, group=self._group, async_op=True
+                )
+            )
+            self.sent_bytes[step.name] += sum(sent_bytes) - sent_bytes[self.rank]
+        return TorchTransfer(self, number, works, parts)
+
+    def all_reduce(self, space: Space, parts: Parts, step: Step) -> None:
+        number = self._watch.begin(step)
+        works = []
+        for send, recv in parts:
+            as_bytes(recv).copy_(as_bytes(send))
+            total = as_bytes(recv).view(getattr(torch, DTYPE_NAMES[recv.dtype]))
+            works.append(dist.all_reduce(total, group=self._group, async_op=True))
+        TorchTransfer(self, number, works, parts).wait()
+
+    def read(self, space: Space, array: Array, step: Step) -> np.ndarray:
+        return space.to_host(array)
+
+    def gather(self, text: str, step: Step) -> list[str]:
+        return self._watch.gather(text, step)
+
+    def barrier(self, step: Step) -> None:
+        self._watch.gather("", step)
+
+    def abort(self, reason: str) -> None:
+        self._watch.abort(reason)
+
+
+class TorchTransfer:
+    """See ``Transfer``: collectives under way."""
+
+    def __init__(self, comm: TorchCommunicator, number: int, works: list[Any], keep: Any) -> None:
+        self._comm = comm
+        self._number = number
+        self._works = works
+        self._keep = keep
+
+    def wait(self) -> None:
+        others = set(range(self._comm.size)) - {self._comm.rank}
+        try:
+            self._comm._watch.wait(self._number, lambda: set() if self._over() else others)
+        except BaseException:
+            self._comm._abandoned.append((self._works, self._keep))
+            raise
+        self._keep = None
+
+    def _over(self) -> bool:
+        """Whether all are done; one that broke off is not, so that the others are asked who is missing."""
+        for work in self._works:
+            if not work.is_completed():
+                return False
+            try:
+                work.wait()
+            except RuntimeError:
+                return False
+        return True
+
+
+class _DeviceMemory:
+    """GPU memory as torch can view it."""
+
+    def __init__(self, array: Array) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (array.nbytes,),
+            "typestr": "|u1",
+            "data": (array.ptr, False),
+            "version": 3,
+        }
+
+
+def as_bytes(array: Array) -> Tensor:
+    """The array's memory as a uint8 tensor [nbytes], without a copy. The array must outlive it."""
+    device = "cpu" if array.device_type == DeviceType.CPU else f"cuda:{array.device_id}"
+    if array.nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    if array.device_type == DeviceType.CPU:
+        return torch.frombuffer((ctypes.c_uint8 * array.nbytes).from_address(array.ptr), dtype=torch.uint8)
+    return torch.as_tensor(_DeviceMemory(array), device=device)

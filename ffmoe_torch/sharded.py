@@ -1,0 +1,244 @@
+"""The routed experts of a layer that are spread over ranks, for torch's autograd.
+
+Three functions, so that torch's own operations can stand between them: dispatch, experts, combine. The experts'
+weights are inputs of the first, whose gradient runs last: theirs are computed while the tokens' are on their way.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ffmoe_core import ExpertParallel, expert_range
+from ffmoe_core.arrays import as_array
+from ffmoe_core.comm import Communicator, Step
+from ffmoe_core.errors import ConfigError
+from ffmoe_core.expert_parallel import Dispatched
+
+GRAD_REDUCTIONS = ("mean", "sum")
+
+
+class ShardedOutput(NamedTuple):
+    """What ``ShardedExperts`` returns."""
+
+    output: Tensor  # [T, H]
+    losses: Tensor  # [3]
+    routing: Tensor  # uint8 [n], of this rank's tokens
+    balance: Tensor  # uint8 [n], whose end is that of ``routing``, over the tokens that the losses are of
+
+
+class ShardedExperts:
+    """A layer's ExpertParallel, and how gradients are to be scaled."""
+
+    def __init__(self, expert_parallel: ExpertParallel, grad_reduction: str) -> None:
+        if grad_reduction not in GRAD_REDUCTIONS:
+            known = ", ".join(map(repr, GRAD_REDUCTIONS))
+            raise ConfigError(f"grad_reduction={grad_reduction!r} is unknown; known: {known}")
+        self.expert_parallel = expert_parallel
+        # Every other parameter's gradient is averaged over ranks; these come as sums.
+        self.weight_scale = 1 / expert_parallel.comm.size if grad_reduction == "mean" else 1.0
+
+    @property
+    def comm(self) -> Communicator:
+        return self.expert_parallel.comm
+
+    @property
+    def name(self) -> str:
+        return self.expert_parallel.layer
+
+    @torch.compiler.disable
+    def __call__(
+        self,
+        tokens: Tensor,
+        router_input: Tensor | None,
+        gate_weight: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        expert_bias: Tensor | None,
+        valid_mask: Tensor | None,
+        proj_down: nn.Module | None,
+        proj_up: nn.Module | None,
+    ) -> ShardedOutput:
+        """The routed experts' output for tokens [T, H]. With projections, what crosses is as narrow as they are."""
+        wire = tokens
+        if proj_down is not None:
+            wire = proj_down(tokens)
+            router_input = tokens if router_input is None else router_input
+        wire, router_input, gate_weight, w_up, w_down = _autocast(
+            wire, router_input, gate_weight, w_up, w_down
+        )
+        call = _Call(self)
+        received, weights, losses = _Dispatch.apply(
+            call, wire, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask
+        )
+        if proj_up is not None:
+            (received,) = _autocast(proj_up(received))
+        rows = _Experts.apply(call, received, weights, w_up.detach(), w_down.detach(), received.requires_grad)
+        if proj_down is not None:
+            (rows,) = _autocast(proj_down(rows))
+        output = _Combine.apply(call, rows)
+        dispatched = call.take()
+        if proj_up is not None:
+            output = proj_up(output)
+        balance = dispatched.routing if dispatched.balance is None else dispatched.balance.view(torch.uint8)
+        return ShardedOutput(output, losses, dispatched.routing, balance)
+
+    def gather(self, **weights: Tensor) -> dict[str, Tensor]:
+        """Every rank's experts of each [experts, ...] tensor, on the CPU; one expert crosses at a time."""
+        ep, comm = self.expert_parallel, self.comm
+        gathered = {
+            name: torch.empty(ep.config.num_experts, *own.shape[1:], dtype=own.dtype)
+            for name, own in weights.items()
+        }
+        for owner in range(comm.size):
+            for expert in expert_range(ep.config.num_experts, comm.size, owner):
+                from_ranks = [int(rank == owner) for rank in range(comm.size)]
+                for name, own in weights.items():
+                    one = own.new_empty(1, *own.shape[1:])
+                    copies = own.new_empty(0, *own.shape[1:])
+                    if owner == comm.rank:
+                        mine = own.detach()[expert - ep.experts.start]
+                        copies = mine.expand(comm.size, *mine.shape).contiguous()
+                    (send, space), (recv, _) = as_array(copies), as_array(one)
+                    to_ranks = [int(owner == comm.rank)] * comm.size
+                    step = Step("gathering of the experts", self.name)
+                    comm.all_to_all_v(space, [(send, recv)], to_ranks, from_ranks, step).wait()
+                    gathered[name][expert] = one[0].cpu()
+        return gathered
+
+    def take_own(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """In a state dict with all experts, only this rank's are left."""
+        for name in (f"{prefix}w_up", f"{prefix}w_down"):
+            experts = state_dict.get(name)
+            if experts is not None and len(experts) == self.expert_parallel.config.num_experts:
+                own = self.expert_parallel.experts
+                state_dict[name] = experts[own.start : own.stop]
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Cast to autocast's dtype, where it is on."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+class _Call:
+    """What the functions of one forward call hand to each other, and so do their gradients."""
+
+    def __init__(self, sharded: ShardedExperts) -> None:
+        self.sharded = sharded
+        self.expert_parallel = sharded.expert_parallel
+        self.dispatched: Dispatched | None = None
+        self.weight_gradients: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    def take(self) -> Dispatched:
+        """Of the forward call; what backward needs is in autograd's keeping, which knows when to let go."""
+        dispatched, self.dispatched = self.dispatched, None
+        assert dispatched is not None
+        return dispatched
+
+
+def _save(ctx: Any, dispatched: Dispatched, *tensors: Tensor | None) -> None:
+    ctx.sizes = dispatched.sizes
+    ctx.save_for_backward(*tensors, dispatched.weights, *dispatched[3:-1])
+
+
+def _saved(ctx: Any) -> tuple[list[Tensor | None], Dispatched]:
+    *tensors, weights, logits, routing, balance, sending, pair_slots, receiving = ctx.saved_tensors
+    rest = (logits, routing, balance, sending, pair_slots, receiving, ctx.sizes)
+    return tensors, Dispatched(None, weights, None, *rest)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        x: Tensor,
+        router_input: Tensor | None,
+        gate_weight: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        expert_bias: Tensor | None,
+        valid_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.contiguous()
+        call.dispatched = dispatched = call.expert_parallel.dispatch(
+            x, gate_weight, router_input=router_input, expert_bias=expert_bias, valid_mask=valid_mask
+        )
+        ctx.call = call
+        _save(ctx, dispatched, x, router_input, gate_weight)
+        return dispatched.received, dispatched.weights, dispatched.losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, router_input, gate_weight), dispatched = _saved(ctx)
+        call: _Call = ctx.call
+        weight_gradients, call.weight_gradients = call.weight_gradients, None
+        wanted = ctx.needs_input_grad
+        d_received, d_weights, d_losses = (grad.contiguous() for grad in grads)
+        dx, d_router, d_gate, weights = call.expert_parallel.dispatch_backward(
+            d_received,
+            d_weights,
+            dispatched,
+            x,
+            gate_weight,
+            router_input=router_input,
+            grad_losses=d_losses,
+            meanwhile=weight_gradients if wanted[4] or wanted[5] else None,
+        )
+        dw_up, dw_down = weights or (None, None)
+        if call.sharded.weight_scale != 1:
+            for gradient in weights or ():
+                gradient.mul_(call.sharded.weight_scale)
+        return None, dx, d_router, d_gate, dw_up, dw_down, None, None
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        received: Tensor,
+        weights: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        keep: bool,
+    ) -> Tensor:
+        assert call.dispatched is not None
+        rows, z = call.expert_parallel.run_experts(
+            received, call.dispatched, w_up, w_down, save_for_backward=keep
+        )
+        ctx.call = call
+        _save(ctx, call.dispatched, received, z, w_up, w_down)
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (received, z, w_up, w_down), dispatched = _saved(ctx)
+        call: _Call = ctx.call
+        d_received, d_weights, call.weight_gradients = call.expert_parallel.run_experts_backward(
+            grads[0].contiguous(), received, z, dispatched, w_up, w_down
+        )
+        return None, d_received, d_weights, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, rows: Tensor) -> Tensor:
+        assert call.dispatched is not None
+        ctx.call = call
+        _save(ctx, call.dispatched)
+        return call.expert_parallel.combine(rows.contiguous(), call.dispatched)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _, dispatched = _saved(ctx)
+        return None, ctx.call.expert_parallel.combine_backward(grads[0].contiguous(), dispatched)

@@ -1,0 +1,353 @@
+"""Cases for every rank: a sharded MoELayer is the layer of one process, over MPI and over gloo."""
+
+import copy
+import pickle
+import tempfile
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from ffmoe_core import expert_range
+from ffmoe_core.comm import Step
+from ffmoe_core.errors import ConfigError, DeviceError, UnsupportedError
+from ffmoe_torch import MoELayer, clip_grad_norm_, full_state_dict, get_dense_params, shard_experts
+from ffmoe_torch.communicator import communicator_for
+from tests.support import assert_close
+from tests.torch.checks import numbers
+
+SIZES = {"d_model": 24, "ffn_dim": 32, "num_experts": 7, "top_k": 3}
+LOSSES = {"aux_loss_coeff": 0.1, "z_loss_coeff": 0.01}
+OPTIONS = {
+    "plain": {},
+    "latent": {"latent_dim": 9},
+    "latent and shared": {"latent_dim": 9, "num_shared_experts": 2},
+    "shared": {"num_shared_experts": 1},
+    "recompute": {"recompute_activations": True},
+    "inject": {"aux_mode": "inject"},
+    "expert bias": {"expert_bias": True},
+    "sigmoid": {"gating": "sigmoid", "norm_topk_prob": False},
+    "no losses": {"aux_loss_coeff": 0.0, "z_loss_coeff": 0.0},
+}
+CASES = {}
+
+
+@cache
+def gloo(comm):
+    """The process group of all ranks, over gloo."""
+    folder = comm.gather(tempfile.mkdtemp() if comm.rank == 0 else "", Step("gloo"))[0]
+    init = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=init, rank=comm.rank, world_size=comm.size)
+    return dist.group.WORLD
+
+
+def group_of(comm, backend):
+    return gloo(comm) if backend == "torch" else MPI.COMM_WORLD
+
+
+def make_layer(dtype=torch.float64, **options):
+    """The same on every rank, with a router that has an opinion."""
+    torch.manual_seed(0)
+    layer = MoELayer(**{**SIZES, **LOSSES, **options}, dtype=dtype)
+    with torch.no_grad():
+        layer.gate.weight.mul_(100)
+        if layer.expert_bias is not None:
+            layer.expert_bias.uniform_(-0.2, 0.2)
+    return layer
+
+
+def make_tokens(counts, dtype=torch.float64, seed=1):
+    """All ranks' tokens and output gradients, and where each rank's stand."""
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = (torch.randn(sum(counts), SIZES["d_model"], generator=generator, dtype=dtype) for _ in range(2))
+    ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+    return x, grad, [slice(a, b) for a, b in pairwise(ends)]
+
+
+def averaged(comm, tensor):
+    """Over the ranks, by way of text: nothing of what is tested."""
+    texts = comm.gather(tensor.double().numpy().tobytes().hex(), Step("mean of a test"))
+    parts = [torch.frombuffer(bytearray.fromhex(text), dtype=torch.float64) for text in texts]
+    return (sum(parts) / comm.size).reshape(tensor.shape)
+
+
+def check_layer(comm, backend, counts, dtype=torch.float64, **options):
+    whole, layer = make_layer(dtype, **options), make_layer(dtype, **options)
+    layer.shard_experts(group_of(comm, backend), backend)
+    x, grad, cuts = make_tokens(counts, dtype)
+    cut, own = cuts[comm.rank], expert_range(7, comm.size, comm.rank)
+    mine = x[cut].clone().requires_grad_()
+    everyones = x.clone().requires_grad_()
+    output, losses = layer(mine)
+    want, want_losses = whole(everyones)
+    inject = options.get("aux_mode") == "inject"
+    ((output * grad[cut]).sum() + (0 if inject else sum(losses.values()))).backward()
+    # the mean of the ranks' objectives; in the injected one the losses count as they are
+    (((want * grad).sum()) / comm.size + (0 if inject else sum(want_losses.values()))).backward()
+
+    name = str(dtype).removeprefix("torch.")
+
+    def close(got, expected, what, **scale):
+        assert_close(numbers(got), numbers(expected), name, what, **scale)
+
+    near = {"scale": 1.0, "independent": sum(counts) * 3}
+    close(output, want[cut], "output")
+    for key, loss in want_losses.items():
+        close(losses[key][None], loss[None], key)
+    close(mine.grad / comm.size, everyones.grad[cut], "gradient of x", scale=1.0)
+    stats, wanted = layer.stats(), whole.stats()
+    assert stats.tokens_per_expert.tolist() == wanted.tokens_per_expert.tolist()
+    assert (stats.dropped, stats.load_imbalance) == (wanted.dropped, wanted.load_imbalance)
+    assert abs(stats.router_entropy - wanted.router_entropy) < 1e-5
+    expected = dict(whole.named_parameters())
+    for key, parameter in layer.named_parameters():
+        if key in ("w_up", "w_down"):
+            close(parameter.grad, expected[key].grad[list(own)], f"gradient of {key}")
+        else:
+            close(averaged(comm, parameter.grad), expected[key].grad, f"gradient of {key}", **near)
+    if layer.expert_bias is not None:
+        layer.update_expert_bias(0.01)
+        whole.update_expert_bias(0.01)
+        assert layer.expert_bias.tolist() == whole.expert_bias.tolist()
+
+
+for _backend in ("mpi", "torch"):
+    for _name, _options in OPTIONS.items():
+
+        def _run(comm, backend=_backend, options=_options):
+            check_layer(comm, backend, [5 + 4 * rank for rank in range(comm.size)], **options)
+
+        CASES[f"{_name}, {_backend}"] = _run
+    for _name, _counts in {
+        "a rank without tokens": lambda ranks: [0, *[9] * (ranks - 1)],
+        "one token in all": lambda ranks: [0] * (ranks - 1) + [1],
+        "no tokens at all": lambda ranks: [0] * ranks,
+    }.items():
+
+        def _run(comm, backend=_backend, counts=_counts):
+            check_layer(comm, backend, counts(comm.size), latent_dim=9)
+
+        CASES[f"{_name}, {_backend}"] = _run
+
+    def _run(comm, backend=_backend):
+        check_layer(comm, backend, [9] * comm.size, torch.float32)
+
+    CASES[f"float32, {_backend}"] = _run
+
+
+def case(function):
+    CASES[function.__name__.replace("_", " ")] = function
+    return function
+
+
+class Model(nn.Module):
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.first = nn.Linear(SIZES["d_model"], SIZES["d_model"], dtype=dtype)
+        self.layers = nn.ModuleList([make_layer(dtype, expert_bias=True, latent_dim=9) for _ in range(2)])
+
+    def forward(self, x):
+        x = self.first(x)
+        total = 0.0
+        for layer in self.layers:
+            output, losses = layer(x)
+            x, total = x + output, total + sum(losses.values())
+        return x, total
+
+
+def train(model, x, target, step=None, forward=None):
+    """A few steps; ``step`` is called between the gradients and the optimizer's step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    norms = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        output, losses = (forward or model)(x)
+        ((output - target).square().mean() + losses).backward()
+        norms.append(step().item())
+        optimizer.step()
+        for layer in model.layers:
+            layer.update_expert_bias(0.01)
+    return norms
+
+
+@case
+def data_parallel_training(comm):
+    """DDP over the dense parameters, clipped gradients: step by step the training of one process."""
+    x, target, cuts = make_tokens([8] * comm.size)
+    torch.manual_seed(0)
+    whole, model = Model(), Model()
+    model.load_state_dict(whole.state_dict())
+    shard_experts(model, gloo(comm), "torch")
+    assert [layer._sharded.name for layer in model.layers] == ["layers.0", "layers.1"]
+    dense = {id(parameter) for parameter in get_dense_params(model)}
+    ignored = [name for name, parameter in model.named_parameters() if id(parameter) not in dense]
+    assert sorted(ignored) == [f"layers.{i}.{w}" for i in range(2) for w in ("w_down", "w_up")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    wrapped = DistributedDataParallel(model, process_group=gloo(comm))
+    cut = cuts[comm.rank]
+    norms = train(model, x[cut], target[cut], lambda: clip_grad_norm_(model, 0.5), wrapped)
+    wanted = train(whole, x, target, lambda: torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5))
+    assert max(wanted) > 0.5
+    assert norms == pytest.approx(wanted, rel=1e-10)
+    own = list(expert_range(7, comm.size, comm.rank))
+    for (name, got), want in zip(model.state_dict().items(), whole.state_dict().values(), strict=True):
+        want = want[own] if name.endswith(("w_up", "w_down")) else want
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@case
+def experts_times_data(comm):
+    """Groups of two ranks that hold all experts between them, replicated."""
+    if comm.size != 4:
+        return
+    gloo(comm)
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    replicas = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+    whole, layer = make_layer(), make_layer()
+    layer.shard_experts(groups[comm.rank // 2], "torch", loss_scope="local")
+    x, grad, cuts = make_tokens([6] * 4)
+    cut = cuts[comm.rank]
+    output, losses = layer(x[cut])
+    ((output * grad[cut]).sum() + sum(losses.values())).backward()
+    total = 0.0
+    for part in cuts:
+        want, want_losses = whole(x[part])
+        total = total + ((want * grad[part]).sum() + sum(want_losses.values())) / 4
+    total.backward()
+    own = list(expert_range(7, 2, comm.rank % 2))
+    for parameter, want in ((layer.w_up, whole.w_up), (layer.w_down, whole.w_down)):
+        dist.all_reduce(parameter.grad, group=replicas[comm.rank % 2])
+        torch.testing.assert_close(parameter.grad / 2, want.grad[own])
+    torch.testing.assert_close(averaged(comm, layer.gate.weight.grad), whole.gate.weight.grad)
+
+
+@case
+def gradients_as_sums(comm):
+    """grad_reduction="sum": of the sum of all ranks' objectives."""
+    whole, layer = make_layer(**dict.fromkeys(LOSSES, 0.0)), make_layer(**dict.fromkeys(LOSSES, 0.0))
+    layer.shard_experts(MPI.COMM_WORLD, "mpi", grad_reduction="sum")
+    x, grad, cuts = make_tokens([5] * comm.size)
+    (layer(x[cuts[comm.rank]])[0] * grad[cuts[comm.rank]]).sum().backward()
+    (whole(x)[0] * grad).sum().backward()
+    own = list(expert_range(7, comm.size, comm.rank))
+    torch.testing.assert_close(layer.w_up.grad, whole.w_up.grad[own])
+    torch.testing.assert_close(averaged(comm, layer.gate.weight.grad) * comm.size, whole.gate.weight.grad)
+
+
+@case
+def without_gradients(comm):
+    layer, whole = make_layer(torch.float32), make_layer(torch.float32)
+    layer.shard_experts(MPI.COMM_WORLD, "mpi")
+    x, _, cuts = make_tokens([4] * comm.size, torch.float32)
+    with torch.no_grad():
+        output, losses = layer(x[cuts[comm.rank]])
+        want, want_losses = whole(x)
+    assert not output.requires_grad
+    torch.testing.assert_close(output, want[cuts[comm.rank]])
+    torch.testing.assert_close(losses["aux_loss"], want_losses["aux_loss"])
+
+
+@case
+def autocast_and_activation_checkpointing(comm):
+    layer, plain = make_layer(torch.float32), make_layer(torch.float32)
+    layer.shard_experts(MPI.COMM_WORLD, "mpi")
+    plain.shard_experts(MPI.COMM_WORLD, "mpi")
+    x, _, cuts = make_tokens([4] * comm.size, torch.float32)
+    results = []
+    for call in (lambda t: checkpoint(layer, t, use_reentrant=False), plain):
+        leaf = x[cuts[comm.rank]].clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output, losses = call(leaf)
+        assert output.dtype == torch.bfloat16
+        (output.float().square().sum() + sum(losses.values())).backward()
+        results.append((output, leaf.grad))
+    assert all(map(torch.equal, *results))
+    assert torch.equal(layer.w_up.grad, plain.w_up.grad)
+    assert layer.w_up.grad.dtype == torch.float32
+
+
+@case
+def what_cannot_work(comm):
+    layer = make_layer()
+    with pytest.raises(ConfigError, match="'auto', 'mpi', 'nccl', 'torch'"):
+        layer.shard_experts(MPI.COMM_WORLD, "rccl")
+    with pytest.raises(ConfigError, match="needs a ProcessGroup"):
+        layer.shard_experts(MPI.COMM_WORLD, "torch")
+    with pytest.raises(ConfigError, match="needs an mpi4py communicator"):
+        layer.shard_experts(gloo(comm), "mpi")
+    with pytest.raises(ConfigError, match=r"ep_group is a builtins\.int"):
+        layer.shard_experts(3)
+    with pytest.raises(DeviceError, match="needs the layer on a GPU"):
+        layer.shard_experts(gloo(comm), "nccl")
+    with pytest.raises(ConfigError, match="grad_reduction='median'"):
+        layer.shard_experts(MPI.COMM_WORLD, grad_reduction="median")
+    with pytest.raises(ConfigError, match="loss_scope='world'"):
+        layer.shard_experts(MPI.COMM_WORLD, loss_scope="world")
+    if comm.size > 1:
+        odd = make_layer(torch.float32 if comm.rank == 1 else torch.float64)
+        with pytest.raises(
+            ConfigError, match=r"do not agree on dtype for blocks\.2.*rank 1: 'torch.float32'"
+        ):
+            odd.shard_experts(MPI.COMM_WORLD, name="blocks.2")
+        odd = make_layer(**({"latent_dim": 4} if comm.rank == 1 else {}))
+        with pytest.raises(ConfigError, match="do not agree on latent_dim"):
+            odd.shard_experts(MPI.COMM_WORLD)
+    layer.shard_experts(MPI.COMM_WORLD)
+    with pytest.raises(ConfigError, match="sharded already"):
+        layer.shard_experts(MPI.COMM_WORLD)
+    for attempt in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(UnsupportedError, match="state_dict"):
+            attempt(layer)
+
+
+@case
+def layers_share_a_communicator(comm):
+    cpu = torch.device("cpu")
+    for backend in ("mpi", "torch"):
+        group = group_of(comm, backend)
+        first = communicator_for(group, backend, 60.0, cpu)
+        assert communicator_for(group, "auto", 60.0, cpu) is first
+        assert communicator_for(group, backend, 61.0, cpu) is not first
+        assert communicator_for(first, "auto", 60.0, cpu) is first
+
+
+@case
+def checkpoints_of_all_experts(comm):
+    """What is gathered from a group loads into any other number of ranks."""
+    for backend, dtype in (("mpi", torch.float32), ("torch", torch.bfloat16)):
+        whole, layer = make_layer(dtype, expert_bias=True), make_layer(dtype, expert_bias=True)
+        model = nn.Sequential(layer)
+        shard_experts(model, group_of(comm, backend), backend)
+        state = full_state_dict(model)
+        assert list(state) == [f"0.{name}" for name in whole.state_dict()]
+        for name, value in whole.state_dict().items():
+            assert torch.equal(state[f"0.{name}"], value), name
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.zero_()
+        model.load_state_dict(state)
+        own = list(expert_range(7, comm.size, comm.rank))
+        assert torch.equal(layer.w_up, whole.w_up[own])
+        assert torch.equal(layer.w_down, whole.w_down[own])
+        model.load_state_dict(model.state_dict())  # of this rank alone
+        assert torch.equal(layer.w_up, whole.w_up[own])
+        assert len(state["0.w_up"]) == 7
+
+
+@case
+def memory_is_let_go(comm):
+    """Backward frees what forward kept, as torch's own operations do."""
+    layer = make_layer(torch.float32)
+    layer.shard_experts(MPI.COMM_WORLD, "mpi")
+    x, _, cuts = make_tokens([4] * comm.size, torch.float32)
+    output, losses = layer(x[cuts[comm.rank]])
+    total = output.sum() + sum(losses.values())
+    total.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        total.backward()

@@ -1,0 +1,90 @@
+"""A rank that dies, hangs or raises makes every other raise CommError within the deadline, with its name."""
+
+import json
+import os
+import sys
+import time
+
+import pytest
+
+from tests.ep.launch import finish, launch, start, stop
+
+TIMEOUT = 3.0
+START_SECONDS = 60.0  # for the ranks to start, on a busy machine
+SLACK = 2.0  # for the scheduler: more ranks than cores
+STEPS = {"forward": "combine", "backward": "dispatch backward", "between": "counts"}
+# 50 is what a release must stand: FFMOE_FAILURE_ROUNDS=50
+ROUNDS = int(os.environ.get("FFMOE_FAILURE_ROUNDS", "1"))
+
+
+def wait_for(paths, seconds):
+    """Whether all the files are there within so many seconds."""
+    end = time.monotonic() + seconds
+    while not all(path.exists() for path in paths):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def exit_code(folder, rank):
+    """How a rank's process ended, or None where it does not."""
+    path = folder / f"{(folder / f'{rank}.pid').read_text()}.rc"
+    return int(path.read_text()) if wait_for([path], START_SECONDS) else None
+
+
+def check_reports(folder, others, victim, how, where):
+    """Every other rank named the victim, the step and the layer, in time."""
+    for rank in others:
+        report = json.loads((folder / f"{rank}.json").read_text())
+        assert report["ranks"] == [victim], (rank, report)
+        assert report["layer"] == "blocks.3.moe"
+        assert report["step"] == STEPS[where]
+        assert f"rank {victim}" in report["message"]
+        assert "blocks.3.moe" in report["message"]
+        assert report["seconds"] < TIMEOUT + SLACK, report
+        if how == "raise":
+            assert "RuntimeError: out of luck" in report["message"]
+            assert report["seconds"] < SLACK, "was not told, but waited"
+        else:
+            assert "no sign of" in report["message"]
+
+
+@pytest.mark.parametrize("where", STEPS)
+@pytest.mark.parametrize("how", ["kill", "stop", "raise"])
+@pytest.mark.parametrize(("size", "victim"), [(2, 0), (3, 1)])
+@pytest.mark.parametrize("round_number", range(ROUNDS))
+def test_others_name_the_missing_rank(tmp_path, round_number, how, where, size, victim):
+    command = ("-m", "tests.ep.failing", tmp_path, how, where, victim, TIMEOUT)
+    process = start(size, "-m", "tests.ep.shelter", tmp_path, *command)
+    others = [rank for rank in range(size) if rank != victim]
+    try:
+        all_raised = wait_for([tmp_path / f"{rank}.json" for rank in others], START_SECONDS)
+        codes = [exit_code(tmp_path, rank) for rank in others] if all_raised else []
+    finally:
+        stop(process)
+        output, _ = finish(process, START_SECONDS)
+    assert all_raised, f"not every rank raised CommError:\n{output}"
+    assert codes == [1] * len(others), output
+    check_reports(tmp_path, others, victim, how, where)
+
+
+@pytest.mark.parametrize(("how", "where"), [("kill", "forward"), ("stop", "backward"), ("raise", "between")])
+def test_others_name_the_missing_rank_over_gloo(tmp_path, how, where):
+    size, victim = 3, 1
+    others = [rank for rank in range(size) if rank != victim]
+    ranks = []
+    for rank in range(size):
+        command = ("-m", "tests.ep.failing", tmp_path, how, where, victim, TIMEOUT, rank, size)
+        ranks.append(launch(sys.executable, *command))
+    try:
+        all_raised = wait_for([tmp_path / f"{rank}.json" for rank in others], START_SECONDS)
+        if all_raised:
+            codes = [ranks[rank].wait(START_SECONDS) for rank in others]
+    finally:
+        for rank in ranks:
+            stop(rank)
+        outputs = "\n".join(rank.communicate()[0] for rank in ranks)
+    assert all_raised, f"not every rank raised CommError:\n{outputs}"
+    assert codes == [1] * len(others), outputs
+    check_reports(tmp_path, others, victim, how, where)
