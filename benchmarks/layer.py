@@ -96,9 +96,7 @@ def ceilings(clock: Clock) -> dict[str, float]:
             a, b[None], offsets, transpose_b=False, out=out, validate=False
         ),
     }
-    rates = {
-        name: round(2 * size**3 / clock.median(product) / 1e9, 1) for name, product in products.items()
-    }
+    rates = {name: round(2 * size**3 / clock.median(product) / 1e9, 1) for name, product in products.items()}
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy_ms = clock.median(lambda: target.copy_(source))

@@ -23,7 +23,6 @@ class Backend(Protocol):
     route: Stage
     route_and_sort: Stage  # what `route` and `sort` do, in fewer launches
     router_losses: Stage
-    router_losses: Stage
     route_backward: Stage
     gate_backward: Stage
     # rows

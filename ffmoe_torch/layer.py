@@ -327,7 +327,9 @@ class MoELayer(nn.Module):
         if self._sharded is not None:
             raise ConfigError(f"{name} is sharded already")
         if self.main_grad:
-            raise UnsupportedError("main_grad=True works where one device holds all experts; make the layer without it")
+            raise UnsupportedError(
+                "main_grad=True works where one device holds all experts; make the layer without it"
+            )
         comm = communicator_for(ep_group, ep_backend, ep_timeout, self.w_up.device)
         options = {
             "num_shared_experts": self.num_shared_experts,
