@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_record.py [--results DIR] [STEP ...]
 
-Steps: the whole test suite, compute-sanitizer's memcheck, racecheck and initcheck over a small selection
+Steps: every test that needs a GPU, compute-sanitizer's memcheck, racecheck and initcheck over a small selection
 (tests/cuda/sanitize.py), host time, memory kept. After each step gpu_tests.json is written, so that a run
 that is cut short leaves what it had. Steps named alone are merged into a record of the same sources on the
 same device. Exits with 1 when a step that ran did not pass.
@@ -43,7 +43,11 @@ def all_steps(results: Path, scratch: Path) -> dict[str, Step]:
     python = sys.executable
     report = scratch / "pytest.xml"
     steps = {
-        "tests": Step([python, "-m", "pytest", f"--junitxml={report}"], 1500, lambda log: test_counts(report))
+        "tests": Step(
+            [python, "-m", "pytest", "-m", "gpu", f"--junitxml={report}"],
+            1500,
+            lambda log: test_counts(report),
+        )
     }
     for tool in ("memcheck", "racecheck", "initcheck"):
         steps[tool] = Step(
