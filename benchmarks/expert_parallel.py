@@ -1,0 +1,224 @@
+"""A layer with its experts spread over ranks beside its peer, and the bytes on the wire, all in one run.
+
+    torchrun --nproc-per-node 2 benchmarks/expert_parallel.py [--rounds N] [--out FILE] [T,H,I,E,K ...]
+    torchrun --nproc-per-node 2 benchmarks/expert_parallel.py --cpu 256,64,64,8,2    # gloo, to try it out
+
+Shapes are those of a rank: T tokens each. bfloat16 on GPUs, float32 on CPUs. Contenders:
+
+    ffmoe         MoELayer with shard_experts
+    + shared      the same with one shared expert
+    shared alone  that shared expert by itself
+    peer          all_to_all_single of every (token, expert) row, torch._grouped_mm over sorted rows, and back
+    alone         MoELayer on one device with E / ranks experts: as many rows a device, nothing sent
+
+Every round times each contender once, in an order drawn anew and the same on every rank; a time is that of the
+slowest rank, and the tables give medians over the rounds. The wire: bytes to other ranks a second, of our
+all-to-all and of all_to_all_single, by MiB a rank.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import record
+from ffmoe_core.arrays import as_array
+from ffmoe_core.comm import Step
+from ffmoe_torch import MoELayer
+
+SHAPES = ((8192, 4096, 1024, 128, 8), (8192, 7168, 2048, 64, 8), (8192, 1024, 2048, 8, 2))
+WIRE_MIB = (8, 64, 256, 512)
+WARM_UP = 3
+Call = Callable[[], object]
+
+
+class AllToAll(torch.autograd.Function):
+    """Rows to the ranks they are for; backward sends the gradients home."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        ctx.sizes = sent, received
+        out = rows.new_empty(sum(received), rows.shape[1])
+        dist.all_to_all_single(out, rows.contiguous(), received, sent)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        sent, received = ctx.sizes
+        return AllToAll.apply(grads[0], received, sent), None, None
+
+
+def peer(x: Tensor, gate: Tensor, w_up: Tensor, w_down: Tensor, top_k: int) -> Tensor:
+    """Expert parallelism as it is commonly written in torch."""
+    ranks, here = dist.get_world_size(), len(w_up)
+    values, experts = F.linear(x, gate).topk(top_k, dim=-1)
+    flat = experts.flatten()
+    order = torch.argsort(flat, stable=True)
+    tokens, weights = order // top_k, values.softmax(-1).flatten()[order]
+    counts = torch.bincount(flat, minlength=len(gate))
+    arriving = torch.empty_like(counts)
+    dist.all_to_all_single(arriving, counts)
+    sizes = torch.stack([counts.view(ranks, here).sum(1), arriving.view(ranks, here).sum(1)]).tolist()
+    rows = AllToAll.apply(x[tokens], *sizes)
+    local = torch.arange(here, device=x.device).repeat(ranks).repeat_interleave(arriving)
+    by_expert = torch.argsort(local, stable=True)
+    offsets = arriving.view(ranks, here).sum(0).cumsum(0).int()
+    g, u = torch._grouped_mm(rows[by_expert], w_up.transpose(-2, -1), offs=offsets).chunk(2, -1)
+    y = torch._grouped_mm(F.silu(g) * u, w_down.transpose(-2, -1), offs=offsets)
+    home = AllToAll.apply(torch.empty_like(y).index_copy(0, by_expert, y), *reversed(sizes))
+    return torch.zeros_like(x).index_add(0, tokens, home * weights[:, None].to(home.dtype))
+
+
+class Timer:
+    """Times calls on this rank's device; a time is that of the slowest rank, in milliseconds."""
+
+    def __init__(self, device: torch.device, rounds: int) -> None:
+        self.device = device
+        self.rounds = rounds
+        self.random = random.Random(0)  # the same order on every rank
+
+    def medians(self, calls: dict[str, Call]) -> dict[str, float]:
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        names = list(calls)
+        for number in range(WARM_UP + self.rounds):
+            self.random.shuffle(names)
+            for name in names:
+                took = self.once(calls[name])
+                if number >= WARM_UP:
+                    times[name].append(took)
+        return {name: statistics.median(taken) for name, taken in times.items()}
+
+    def once(self, call: Call) -> float:
+        dist.barrier()
+        self.wait()
+        start = time.perf_counter()
+        call()
+        self.wait()
+        took = torch.tensor([time.perf_counter() - start], device=self.device)
+        dist.all_reduce(took, dist.ReduceOp.MAX)
+        return 1e3 * took.item()
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def contenders(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> dict[str, tuple[Call, Call]]:
+    """name -> (forward, forward and backward)."""
+    T, H, I, E, K = shape
+    ranks = dist.get_world_size()
+    torch.manual_seed(0)
+    layers = {
+        "ffmoe": MoELayer(H, 2 * I, E, K, device=device, dtype=dtype),
+        "+ shared": MoELayer(H, 2 * I, E, K, num_shared_experts=1, device=device, dtype=dtype),
+        "alone": MoELayer(H, 2 * I, E // ranks, K, device=device, dtype=dtype),
+    }
+    for name in ("ffmoe", "+ shared"):
+        layers[name].shard_experts()
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.gate.weight, std=H**-0.5)  # a router without favourites
+    torch.manual_seed(1 + dist.get_rank())
+    x = torch.randn(T, H, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(T, H, device=device, dtype=dtype)
+    shared = layers["+ shared"].shared_expert
+    ours = layers["ffmoe"]
+    weights = [part.detach().clone().requires_grad_() for part in (ours.gate.weight, *ours.expert_params)]
+    calls: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
+        name: (lambda layer=layer: layer(x)[0], [x, *layer.parameters()]) for name, layer in layers.items()
+    }
+    calls["shared alone"] = (lambda: shared(x), [x, *shared.parameters()])
+    calls["peer"] = (lambda: peer(x, *weights, K), [x, *weights])
+    return {name: pair(call, leaves, grad) for name, (call, leaves) in calls.items()}
+
+
+def pair(call: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> tuple[Call, Call]:
+    def forward() -> object:
+        with torch.no_grad():
+            return call()
+
+    def both() -> object:
+        return torch.autograd.grad(call(), leaves, grad)
+
+    return forward, both
+
+
+def wire(mib: int, device: torch.device, timer: Timer) -> dict[str, float]:
+    """GB/s that a rank sends to others, ``mib`` MiB in all."""
+    ranks = dist.get_world_size()
+    layer = MoELayer(8, 8, ranks, 1, device=device)
+    layer.shard_experts()
+    comm = layer._sharded.comm
+    rows = (mib << 20) // 4096 // ranks * ranks
+    sent, received = (torch.zeros(rows, 4096, dtype=torch.uint8, device=device) for _ in range(2))
+    counts = [rows // ranks] * ranks
+    (send, space), (recv, _) = as_array(sent), as_array(received)
+    step = Step("wire")
+    times = timer.medians(
+        {
+            "ffmoe": lambda: comm.all_to_all_v(space, [(send, recv)], counts, counts, step).wait(),
+            "all_to_all_single": lambda: dist.all_to_all_single(received, sent),
+        }
+    )
+    leaving = sent.nbytes * (ranks - 1) / ranks
+    return {name: leaving / took / 1e6 for name, took in times.items()}
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    values = tuple(map(int, text.split(",")))
+    if len(values) != 5:
+        raise argparse.ArgumentTypeError(f"{text!r} is not T,H,I,E,K")
+    return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shapes", nargs="*", type=shape_of, default=SHAPES, metavar="T,H,I,E,K")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--out", type=Path, help="where to write the record")
+    args = parser.parse_args()
+    device = torch.device("cpu" if args.cpu else f"cuda:{os.environ['LOCAL_RANK']}")
+    if not args.cpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if args.cpu else "nccl")
+    timer = Timer(device, args.rounds)
+    results: dict[str, Any] = {"ranks": dist.get_world_size(), "layers": [], "wire": []}
+    for shape in args.shapes:
+        calls = contenders(shape, device, torch.float32 if args.cpu else torch.bfloat16)
+        forward = timer.medians({name: call for name, (call, _) in calls.items()})
+        both = timer.medians({name: call for name, (_, call) in calls.items()})
+        results["layers"].append({"shape": shape, "forward": forward, "forward_backward": both})
+        ours, theirs = (calls[name][0]() for name in ("ffmoe", "peer"))
+        difference = (torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(ours)).item()
+        results["layers"][-1]["difference"] = difference
+        if dist.get_rank() == 0:
+            print(f"\n{shape}: milliseconds forward / forward+backward; outputs differ by {difference:.1e}")
+            for name in calls:
+                print(f"  {name:14} {forward[name]:9.3f} {both[name]:9.3f}", flush=True)
+    for mib in (1,) if args.cpu else WIRE_MIB:
+        rates = wire(mib, device, timer)
+        results["wire"].append({"mib": mib, **rates})
+        if dist.get_rank() == 0:
+            print(f"wire, {mib} MiB: " + ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in rates.items()))
+    if args.out and dist.get_rank() == 0:
+        record.write(
+            args.out, {"environment": record.environment(), "sources": record.sources_digest(), **results}
+        )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
