@@ -2,10 +2,10 @@
 
 import contextlib
 import ctypes
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ffmoe_core.comm import Communicator, Control, Step
 from ffmoe_core.comm.communicator import Parts
 from ffmoe_core.comm.host import row_bytes
 from ffmoe_core.comm.watch import Watch
-from ffmoe_core.errors import ConfigError, DeviceError
+from ffmoe_core.errors import CommError, ConfigError, DeviceError
 
 EP_BACKENDS = ("auto", "mpi", "nccl", "torch")
 DEFAULT_TIMEOUT = 300.0
@@ -91,7 +91,9 @@ def _kind(ep_group: Any) -> str:
     return f"{type(ep_group).__module__}.{type(ep_group).__qualname__}"
 
 
-_made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, float], Communicator]]" = WeakKeyDictionary()
+_made: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, float], Communicator]]" = (
+    weakref.WeakKeyDictionary()
+)
 _made_over_mpi: dict[int | None, dict[tuple[str, float], Communicator]] = {}
 
 
@@ -138,7 +140,8 @@ class TorchCommunicator:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.sent_bytes: Counter[str] = Counter()
-        self._group = group
+        # The group is torch's, to be destroyed by destroy_process_group: its threads must not outlive that.
+        self._group_ref = weakref.ref(group)
         self._watch = Watch(StoreControl(group, name), timeout)
         self.timeout = self._watch.timeout
         self._abandoned: list[Any] = []  # what an exchange may still write to after a failure
@@ -192,6 +195,13 @@ class TorchCommunicator:
 
     def abort(self, reason: str) -> None:
         self._watch.abort(reason)
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        group = self._group_ref()
+        if group is None:
+            raise CommError("the process group of this communicator was destroyed", (self.rank,))
+        return group
 
 
 class TorchTransfer:
