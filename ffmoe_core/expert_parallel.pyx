@@ -344,9 +344,10 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
         space, plan.topk_idx, plan.topk_weights, plan.token_rows, plan.expert_offsets, sending.topk_idx,
         sending.token_rows, sending.expert_offsets, slot_experts, slot_weights, pair_slots, counts_out,
     )
-    comm.all_to_all(space, counts_out, counts_in, Step("counts", layer.layer))
+    counting = comm.all_to_all(space, counts_out, counts_in, Step("counts", layer.layer))
     cdef Array packed = space.empty((T * D, width), tokens.dtype)
     backend.permute(space, tokens, sending.row_token, sending.expert_offsets, packed)
+    counting.wait()
     known = comm.read(space, counts, Step("counts", layer.layer))
     sizes = Sizes(tuple(known[0, :, 0].tolist()), tuple(known[1, :, 0].tolist()), int(known[1, :, 1].sum()))
     plans.set_sizes(sizes)

@@ -146,9 +146,9 @@ class TorchCommunicator:
         self.timeout = self._watch.timeout
         self._abandoned: list[Any] = []  # what an exchange may still write to after a failure
 
-    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> None:
+    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> "TorchTransfer":
         counts = [1] * self.size
-        self.all_to_all_v(space, [(send, recv)], counts, counts, step).wait()
+        return self.all_to_all_v(space, [(send, recv)], counts, counts, step)
 
     def all_to_all_v(
         self,

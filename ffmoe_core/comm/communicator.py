@@ -42,7 +42,7 @@ class Communicator(Protocol):
     timeout: float
     sent_bytes: Counter[str]  # to other ranks by all_to_all and all_to_all_v, by the step's name
 
-    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> None:
+    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> Transfer:
         """Row r of ``send`` [size, n] goes to rank r, which finds it in the sender's row of ``recv``."""
 
     def all_to_all_v(

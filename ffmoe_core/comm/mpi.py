@@ -86,9 +86,9 @@ class MpiCommunicator:
         self._comm = _duplicate(comm, timeout)
         self.timeout = self._watch.timeout
 
-    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> None:
+    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> "MpiTransfer":
         counts = [1] * self.size
-        self.all_to_all_v(space, [(send, recv)], counts, counts, step).wait()
+        return self.all_to_all_v(space, [(send, recv)], counts, counts, step)
 
     def all_to_all_v(
         self,

@@ -78,9 +78,9 @@ class NcclCommunicator:
         self._underway: deque[_Underway] = deque()
         threading.Thread(target=self._watch_over, name="ffmoe-nccl", daemon=True).start()
 
-    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> None:
+    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> "NcclTransfer":
         counts = [1] * self.size
-        self.all_to_all_v(space, [(send, recv)], counts, counts, step).wait()
+        return self.all_to_all_v(space, [(send, recv)], counts, counts, step)
 
     def all_to_all_v(
         self,
@@ -145,11 +145,11 @@ class NcclCommunicator:
         with cupy.cuda.Device(self.device_id):
             if self._pinned is None or self._pinned.size() < array.nbytes:
                 self._pinned = cupy.cuda.alloc_pinned_memory(array.nbytes)
-            caller = cupy.cuda.ExternalStream(space.stream)
+            # on the exchanges' stream: what the caller's has to do meanwhile is not waited for
             runtime.memcpyAsync(
-                self._pinned.ptr, array.ptr, array.nbytes, runtime.memcpyDeviceToHost, space.stream
+                self._pinned.ptr, array.ptr, array.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr
             )
-            copied = caller.record(cupy.cuda.Event(disable_timing=True))
+            copied = self._stream.record(cupy.cuda.Event(disable_timing=True))
             while not (copied.done or self._watch.failed):
                 time.sleep(PAUSE_SECONDS)
         if self._watch.failed:  # and what was copied is not what was to come
