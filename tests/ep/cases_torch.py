@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ffmoe_core import expert_range
 from ffmoe_core.comm import Step
-from ffmoe_core.errors import ConfigError, DeviceError, UnsupportedError
+from ffmoe_core.errors import CommError, ConfigError, DeviceError, UnsupportedError
+from ffmoe_core.expert_parallel import aborting
 from ffmoe_torch import MoELayer, clip_grad_norm_, full_state_dict, get_dense_params, shard_experts
 from ffmoe_torch.communicator import communicator_for
 from tests.support import assert_close
@@ -338,6 +339,33 @@ def checkpoints_of_all_experts(comm):
         model.load_state_dict(model.state_dict())  # of this rank alone
         assert torch.equal(layer.w_up, whole.w_up[own])
         assert len(state["0.w_up"]) == 7
+
+
+@case
+def an_error_in_backward_reaches_every_rank(comm):
+    if comm.size == 1:
+        return
+    for backend in ("mpi", "torch"):
+        layer = make_layer()
+        layer.shard_experts(group_of(comm, backend), backend, ep_timeout=10, name="blocks.1")  # used up here
+        x, _, cuts = make_tokens([4] * comm.size)
+        output, _ = layer(x[cuts[comm.rank]])
+        if comm.rank == 1:
+            layer._sharded.expert_parallel.run_experts_backward = broken(layer._sharded.comm)
+        with pytest.raises(ZeroDivisionError if comm.rank == 1 else CommError) as raised:
+            output.sum().backward()
+        if comm.rank != 1:
+            assert raised.value.ranks == (1,)
+            assert "rank 1 raised ZeroDivisionError: by zero" in str(raised.value)
+            assert "blocks.1" in str(raised.value)
+
+
+def broken(comm):
+    def method(*args):
+        with aborting(comm):
+            raise ZeroDivisionError("by zero")
+
+    return method
 
 
 @case
