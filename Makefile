@@ -2,12 +2,14 @@
 #
 #   PYTHON   the interpreter that .venv is made from
 #   VENV     the environment; `VENV=` (empty) uses PYTHON as it is and installs nothing
+#   EP       processes that the demo's experts are spread over
 #   ARGS     passed on to the demo, pytest or the benchmark
 #   TORCH    the pip requirement for torch
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+EP ?= 1
 
 # Major CUDA version of NVIDIA's driver; empty on a machine without a GPU.
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -nE 's/.*CUDA [A-Z ]*Version: *([0-9]+)\..*/\1/p' | head -n 1)
@@ -52,8 +54,8 @@ else
 build: $(VENV)/.built  ## set up .venv and build the extensions
 endif
 
-demo: build  ## train a small MoE language model (ARGS="--help" lists its options)
-	$(PY) examples/train_lm.py $(ARGS)
+demo: build  ## train a small MoE language model (EP=2: on two processes; ARGS="--help" lists its options)
+	$(if $(filter-out 1,$(EP)),mpirun -n $(EP)) $(PY) examples/train_lm.py $(ARGS)
 
 test: build  ## run the tests (ARGS="-k router" chooses some)
 	$(PY) -m pytest $(ARGS)

@@ -4,6 +4,7 @@
     python examples/train_lm.py --text a.txt b.txt   # your own, a domain a file
     python examples/train_lm.py --resume             # go on where Ctrl-C (or a power cut) stopped
     python examples/train_lm.py --dense              # the dense twin, for comparison
+    mpirun -n 2 python examples/train_lm.py          # the experts on two processes; a GPU each, or MPI on the CPU
 
 The run's folder (--out) gets checkpoint.pt and report.html. A run is a function of its options and its text:
 on a CPU the same command gives the same bits, stopped and resumed or not.
@@ -27,6 +28,7 @@ from lm.data import TextError, corpus_of, default_corpus
 from lm.evaluate import evaluate
 from lm.loop import train
 from lm.model import ModelConfig
+from lm.ranks import Ranks, local_rank
 from lm.report import Sample, write_report
 from lm.run import CHECKPOINT, CheckpointError, Run, TrainConfig, read_checkpoint
 from lm.sample import as_text, write
@@ -64,14 +66,20 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
+    ranks = Ranks(device)
     folder = Path(args.out or ("runs/demo-dense" if args.dense else "runs/demo"))
+    if ranks.rank > 0:  # all do the same; only the first is to be seen
+        folder = folder / f"rank{ranks.rank}"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if args.resume:
         config, state = read_checkpoint(folder, device)
         check_same(config, chosen(config, args))
     else:
         config, state = chosen(LARGE if device.type == "cuda" else SMALL, args), None
+    if config.batch % ranks.size:
+        raise UsageError(f"--batch {config.batch} is not a multiple of the {ranks.size} processes")
     corpus = corpus_of(config.text) if config.text else default_corpus()
-    training = Run(config, corpus, device)
+    training = Run(config, corpus, device, ranks)
     if state is None:
         prepare(folder)
     else:
@@ -79,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
 
     introduce(training)
     if not train(training, folder):
-        print(f"\nStopped after step {training.step} of {config.steps}. Go on with: {resume_command(folder)}")
+        print(
+            f"\nStopped after step {training.step} of {config.steps}. Go on with: {resume_command(folder, ranks)}"
+        )
         return INTERRUPTED
     finish(training, folder)
     return 0
@@ -126,7 +136,9 @@ def seed(text: str) -> int:
 
 def choose_device(name: str | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -219,8 +231,9 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def resume_command(folder: Path) -> str:
-    return shlex.join([sys.executable, sys.argv[0], "--resume", "--out", str(folder)])
+def resume_command(folder: Path, ranks: Ranks) -> str:
+    launcher = ["mpirun", "-n", str(ranks.size)] if ranks.size > 1 else []
+    return shlex.join([*launcher, sys.executable, sys.argv[0], "--resume", "--out", str(folder)])
 
 
 if __name__ == "__main__":

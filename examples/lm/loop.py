@@ -75,7 +75,7 @@ def train(run: Run, folder: Path) -> bool:
         if run.step == 0 and not run.history.held_out:
             note_held_out(run)
         meter = Meter(run)
-        while run.step < steps and not stop.made:
+        while run.step < steps and not run.ranks.any(stop.made):
             meter.losses.append(run.advance())
             if progress.due(run.step):
                 meter.read()

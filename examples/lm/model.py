@@ -54,11 +54,13 @@ class ByteModel(nn.Module):
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
 
     def parameter_counts(self) -> tuple[int, int]:
-        """All parameters, and those at work for one token: of the experts only the top-k."""
+        """All parameters, on all ranks, and those at work for one token: of the experts only the top-k."""
         total = sum(parameter.numel() for parameter in self.parameters())
         idle = 0
         for layer in self.moe_layers:
-            an_expert = (layer.w_up.numel() + layer.w_down.numel()) // layer.num_experts
+            here = len(layer.w_up)
+            an_expert = (layer.w_up.numel() + layer.w_down.numel()) // here
+            total += (layer.num_experts - here) * an_expert
             idle += (layer.num_experts - layer.top_k) * an_expert
         return total, total - idle
 

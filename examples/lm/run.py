@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ffmoe_torch import full_state_dict
+
 from .data import Corpus
 from .model import VOCABULARY, ByteModel, ModelConfig
+from .ranks import Ranks
 
 CHECKPOINT = "checkpoint.pt"
 WARMUP = 0.05  # of all steps
@@ -52,13 +55,15 @@ class History:
 class Run:
     """A model in training. Batches and learning rate follow from the step, so the state is small."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, corpus: Corpus, device: torch.device, ranks: Ranks) -> None:
         corpus.check_context(config.model.context)
         torch.manual_seed(config.seed)
         self.config = config
         self.corpus = corpus
         self.device = device
+        self.ranks = ranks
         self.model = ByteModel(config.model).to(device)
+        ranks.shard(self.model)
         self.optimizer = make_optimizer(self.model)
         self.step = 0
         self.history = History()
@@ -66,14 +71,16 @@ class Run:
     def advance(self) -> Tensor:
         """One step; returns its loss in bits a byte, on the device, so that nothing waits for it."""
         config = self.config
-        tokens = self.corpus.batch(config.seed, self.step, config.batch, config.model.context).to(self.device)
+        tokens = self.corpus.batch(config.seed, self.step, config.batch, config.model.context)
+        tokens = self.ranks.own(tokens).to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         with autocast(self.device):
             logits, aux_loss = self.model(tokens[:, :-1])
         loss = F.cross_entropy(logits.float().view(-1, VOCABULARY), tokens[:, 1:].reshape(-1))
         (loss + aux_loss).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        loss = self.ranks.average(self.model, loss)
+        self.ranks.clip(self.model, CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -84,8 +91,9 @@ class Run:
         state = {
             "config": asdict(self.config),
             "text_digest": self.corpus.digest,
+            "ranks": self.ranks.size,
             "step": self.step,
-            "model": self.model.state_dict(),
+            "model": full_state_dict(self.model),
             "optimizer": self.optimizer.state_dict(),
             "history": asdict(self.history),
         }
@@ -102,6 +110,11 @@ class Run:
             raise CheckpointError(
                 "the text is not the one this run was started with (a --text file changed, or another Python "
                 "with other sources runs this now); its loss curve cannot be continued"
+            )
+        if state["ranks"] != self.ranks.size:
+            raise CheckpointError(
+                f"the run was started with {state['ranks']} processes, this one has {self.ranks.size}; the "
+                "optimizer's state is of another share of the experts"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
