@@ -12,10 +12,10 @@
 //
 // Defines: A_TYPE, B_TYPE, OUT_TYPE (codes of types.cuh, none of them float64), TRANSPOSE_A, TRANSPOSE_B 0|1.
 
-#include "common/columns.cuh"
 #include "common/cp_async.cuh"
 #include "common/epilogue.cuh"
 #include "common/mma.cuh"
+#include "common/quad.cuh"
 #include "common/types.cuh"
 
 using TypeA = type_of<A_TYPE>;
