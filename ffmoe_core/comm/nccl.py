@@ -7,10 +7,13 @@ CommError.
 """
 
 import contextlib
+import ctypes
+import importlib.util
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +25,21 @@ from .control import Control
 from .host import cut_by_rank, row_bytes
 from .watch import Watch
 
+
+def _load_library() -> None:
+    """Load the NCCL of NVIDIA's wheel, if it is there: the system's loader does not look for it in a wheel."""
+    wheels = importlib.util.find_spec("nvidia")
+    for folder in (wheels.submodule_search_locations or ()) if wheels else ():
+        library = Path(folder, "nccl", "lib", "libnccl.so.2")
+        if library.is_file():
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            return
+
+
 try:
     import cupy
+
+    _load_library()
     from cupy.cuda import nccl, runtime
 except ImportError as error:
     raise MissingDependencyError(
