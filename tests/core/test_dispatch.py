@@ -75,20 +75,21 @@ def test_what_goes_where(kind, num_tokens, top_k, spare, num_ranks, capacity, dt
 
 @given(
     tokens=st.lists(st.sampled_from([0, 1, 5, 200]), min_size=1, max_size=4),
+    num_experts=st.sampled_from([5, 70, 1000]),
     gating=st.sampled_from(["softmax", "sigmoid"]),
     dtype=st.sampled_from(["float32", "float64"]),
 )
-def test_losses_of_added_sums(kind, tokens, gating, dtype):
+def test_losses_of_added_sums(kind, tokens, num_experts, gating, dtype):
     """Sums and counts of parts of the tokens, added up, give the losses of all."""
-    rng = np.random.default_rng(0)
+    rng, E = np.random.default_rng(0), num_experts
     config = MoEConfig(
-        d_model=1, ffn_dim=2, num_experts=5, top_k=2, gating=gating, aux_loss_coeff=0.3, z_loss_coeff=0.2
+        d_model=1, ffn_dim=2, num_experts=E, top_k=2, gating=gating, aux_loss_coeff=0.3, z_loss_coeff=0.2
     )
-    sums, counts, logits, idx = np.zeros(7), np.zeros(5), [], []
+    sums, counts, logits, idx = np.zeros(E + 2), np.zeros(E), [], []
     for count in tokens:
-        part = kind.array(rng.standard_normal((count, 5)), dtype)
-        chosen, part_counts = kind.full((count, 2), 77, "int32"), kind.full((5,), 77, "int32")
-        part_sums = kind.full((7,), np.nan, "float64")
+        part = kind.array(rng.standard_normal((count, E)), dtype)
+        chosen, part_counts = kind.full((count, 2), 77, "int32"), kind.full((E,), 77, "int32")
+        part_sums = kind.full((E + 2,), np.nan, "float64")
         others = (kind.full((count, 2), 0, dtype), part_counts, kind.full((3,), 0, dtype), part_sums)
         call_stage(kind, "route", config, part, None, None, chosen, *others)
         sums, counts = sums + numbers(kind, part_sums), counts + numbers(kind, part_counts)
@@ -100,5 +101,5 @@ def test_losses_of_added_sums(kind, tokens, gating, dtype):
     )
     logits = np.concatenate(logits)
     valid = np.ones(len(logits), dtype=bool)
-    want = reference.router_losses(config, logits, reference.count(np.concatenate(idx), 5), valid)
+    want = reference.router_losses(config, logits, reference.count(np.concatenate(idx), E), valid)
     assert_close(numbers(kind, losses), want, dtype, "losses")

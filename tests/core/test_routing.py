@@ -282,7 +282,10 @@ def route_backward(kind, config, logits, outputs, grad_losses, rng, valid=None, 
     valid = np.ones(T, dtype=bool) if valid is None else valid
     kept = reference.keep(idx, weights, config.num_experts) if kept is None else kept
     token_rows = reference.sort(idx, weights, config.num_experts, kept).token_rows
-    dp_rows = np.asarray(rng.standard_normal(T * K), dtype=dtype).astype(float)
+    # among more rows than there are pairs: such as slots that were sent, not all of them in use
+    token_rows = np.where(kept, 2 * token_rows + 1, -1)
+    dp_rows = np.full(2 * T * K, np.nan)
+    dp_rows[1::2] = np.asarray(rng.standard_normal(T * K), dtype=dtype)
     d_logits = kind.full(logits.shape, np.nan, dtype)
     call_stage(
         kind,
