@@ -15,7 +15,7 @@ import numpy as np
 
 from libc.stdint cimport int64_t
 
-from .arrays cimport FLOAT32, UINT8, Array, Space, itemsize, space_of, view
+from .arrays cimport UINT8, Array, Space, itemsize, space_of, view
 from .checks cimport (
     bias_of,
     check_device,
