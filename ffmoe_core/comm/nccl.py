@@ -78,9 +78,8 @@ class NcclCommunicator:
         self.sent_bytes: Counter[str] = Counter()
         self._watch = Watch(control, timeout)
         self.timeout = self._watch.timeout
-        own = nccl.get_unique_id() if self.rank == 0 else ()
-        first = self._watch.gather(bytes(byte % 256 for byte in own).hex(), SET_UP)[0]
-        unique_id = tuple(byte - 256 if byte > 127 else byte for byte in bytes.fromhex(first))
+        own = nccl.get_unique_id() if self.rank == 0 else b""
+        unique_id = bytes.fromhex(self._watch.gather(own.hex(), SET_UP)[0])
         with cupy.cuda.Device(self.device_id):
             self._comm = nccl.NcclCommunicator(self.size, unique_id, self.rank)
             self._stream = cupy.cuda.Stream(non_blocking=True)
