@@ -25,6 +25,7 @@
 #include "common/epilogue.cuh"
 #include "common/mbarrier.cuh"
 #include "common/mma.cuh"
+#include "common/pace.cuh"
 #include "common/quad.cuh"
 #include "common/tile_walk.cuh"
 #include "common/tma.cuh"
@@ -45,8 +46,9 @@ constexpr int DEPTH = 64;               // of a stage along the contraction
 constexpr int OWN_BYTES = OWN * DEPTH * 2, SHARED_BYTES = SHARED * DEPTH * 2;
 constexpr int STAGE_BYTES = OWN_BYTES + SHARED_BYTES;
 constexpr int STAGES = 4;
+constexpr int EARLY = 4;  // steps before a tile's end that the next one is announced
 // Of the 64K registers, what a fetching thread leaves to a multiplying one.
-constexpr int FETCH_REGISTERS = 72, MULTIPLY_REGISTERS = 216;
+constexpr int FETCH_REGISTERS = 80, MULTIPLY_REGISTERS = 208;
 
 // --- shared memory ---
 
@@ -154,8 +156,7 @@ struct GatheredColumns {
                 at < rows
             );
     }
-    // rows: of the whole contraction
-    __device__ __forceinline__ void copy(const Ring& ring, int rows) {
+    __device__ __forceinline__ void copy(const Ring& ring) {
         const int chunk = lane() % CHUNKS, part = lane() / CHUNKS, first = warp() * ROWS + part;
         const uint32 to = ring.own() + chunk / 8 * TILE_MAJOR_STRIDE;
         int from[COPIES];
@@ -172,6 +173,9 @@ struct GatheredColumns {
                 row + part + STRIDE * i < count
             );
         }
+    }
+    // After copy(), and the arrival that tells of it. rows: of the whole contraction
+    __device__ __forceinline__ void advance(const Ring& ring, int rows) {
         look_up(ring.stage, row + STAGES * DEPTH, rows);
         commit_copies();
         row += DEPTH;
@@ -373,6 +377,7 @@ struct Rows {
     const int* offsets;
     const int* row_index;
     int num_groups, num_rows, depth, column_tiles;
+    uint32* due;  // see Pace
 
     __device__ int steps(const Tile& tile) const {
         return tile.group == num_groups ? 0 : (depth + DEPTH - 1) / DEPTH;
@@ -385,6 +390,8 @@ struct Walk {
 
     __device__ Walk(const Rows& rows) : tiles(shared().tiles, rows.num_groups, rows.column_tiles) {}
 
+    __device__ int size() const { return tiles.list.first_tile[tiles.num_groups + 1]; }
+
     // The block's part of the cluster's index-th tile; it may have no rows.
     __device__ __forceinline__ bool find(int index, Tile& tile) {
         if (!tiles.find(index, tile)) return false;
@@ -396,27 +403,38 @@ struct Walk {
     }
 };
 
-// For every tile: its product, then finish(sums, tile); or clear(tile) for rows that are nobody's. For a
-// step, copy_part(to, tile, k, full) is called in one thread for this block's part of the second operand;
-// look_ahead(tile) in all fetching threads, shortly before the product ends.
-template <bool TILE_MAJOR_B, class CopyPart, class LookAhead, class Finish, class Clear>
+// For every tile: its product, then finish(sums, tile, ring); or clear(tile) for rows that are nobody's. For a
+// step, copy_part(to, tile, k, full) is called in one thread for this block's part of the second operand. After
+// a tile's product MORE_STEPS stages are what copy_more(ring, tile, i) puts there, in one thread, for finish.
+template <bool TILE_MAJOR_B, int MORE_STEPS, class CopyPart, class CopyMore, class Finish, class Clear>
 __device__ __forceinline__ void multiply_rows(
-    const Rows& rows, CopyPart copy_part, LookAhead look_ahead, Finish finish, Clear clear
+    const Rows& rows, CopyPart copy_part, CopyMore copy_more, Finish finish, Clear clear
 ) {
     if (threadIdx.x < 32)
         shared().tiles.fill(rows.offsets, rows.num_groups, rows.num_rows, CLUSTER * OWN, rows.column_tiles);
     const auto fetch_all = [&] {
+        // With nothing to gather one thread is enough; and one that waits for stages, but that nobody waits for,
+        // might fall behind by two phases of a barrier, and wait for ever.
+        if (!GATHER && threadIdx.x > 0) return;
         GatheredRows gathered;
         Walk walk(rows);
+        // the other block of a cluster can't get far ahead of the one that waits
+        const bool sets_pace = threadIdx.x == 0 && cluster_rank() == 0;
+        Pace pace{rows.due};
         Ring ring;
         Tile tile;
+        if (sets_pace) pace.announce();
         for (int index = first_tile(); walk.find(index, tile); index += tile_stride()) {
             const int steps = rows.steps(tile);
-            if (steps == 0) continue;
+            if (steps == 0) {
+                if (sets_pace) pace.announce();
+                continue;
+            }
             if (GATHER) gathered.start(rows.a, rows.row_index + tile.first, tile.count, rows.depth);
+            if (sets_pace) pace.wait(index, tile_stride(), walk.size());
             for (int step = 0; step < steps; ++step, ring.advance()) {
                 const int k = step * DEPTH;
-                if (step == max(0, steps - STAGES)) look_ahead(tile);
+                if (sets_pace && step == max(0, steps - EARLY)) pace.announce();
                 wait(ring.empty(), ring.parity ^ 1);
                 if (threadIdx.x == 0) {
                     arrive_expecting(ring.full(), SHARED_BYTES + (GATHER ? 0 : OWN_BYTES));
@@ -427,6 +445,11 @@ __device__ __forceinline__ void multiply_rows(
                     gathered.copy(ring.own());
                     arrive_after_copies(ring.full());
                 }
+            }
+            for (int i = 0; i < MORE_STEPS; ++i, ring.advance()) {
+                wait(ring.empty(), ring.parity ^ 1);
+                if (threadIdx.x == 0) copy_more(ring, tile, i);
+                if (GATHER) arrive_after_copies(ring.full());
             }
         }
     };
@@ -439,11 +462,11 @@ __device__ __forceinline__ void multiply_rows(
             if (steps == 0) {
                 clear(tile);
             } else if (block_row(0) >= tile.count) {
-                pass_tile(ring, steps);
+                pass_tile(ring, steps + MORE_STEPS);
             } else {
                 Sums sums;
                 multiply_tile<false, TILE_MAJOR_B>(sums, ring, steps);
-                finish(sums, tile);
+                finish(sums, tile, ring);
             }
         }
     };
@@ -451,7 +474,7 @@ __device__ __forceinline__ void multiply_rows(
 }
 
 struct Nothing {
-    __device__ __forceinline__ void operator()(const Tile&) const {}
+    __device__ __forceinline__ void operator()(const Ring&, const Tile&, int) const {}
 };
 
 #endif
@@ -462,14 +485,14 @@ struct Nothing {
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm(
     const X* a, const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
     const int* offsets, const int* row_index, X* out,
-    int num_groups, int num_rows, int depth, int columns, int column_tiles
+    int num_groups, int num_rows, int depth, int columns, int column_tiles, uint32* due
 ) {
-    const Rows rows = {a, a_map, offsets, row_index, num_groups, num_rows, depth, column_tiles};
+    const Rows rows = {a, a_map, offsets, row_index, num_groups, num_rows, depth, column_tiles, due};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
         const int first = tile.column * SHARED + cluster_rank() * PART;
         copy_to_all<PART, !TRANSPOSE_B>(to, b_map, first, k, tile.group, full);
     };
-    const auto finish = [&](const Sums& sums, const Tile& tile) {
+    const auto finish = [&](const Sums& sums, const Tile& tile, const Ring&) {
         const int first = tile.column * TILE_COLUMNS;
         X* to = out + int64(tile.first) * columns + first;
         store_tile<false>(sums, tile.count, columns - first, to, columns);
@@ -478,7 +501,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         const int first = tile.column * TILE_COLUMNS;
         clear_tile(out + int64(tile.first) * columns + first, tile.count, columns - first, columns);
     };
-    multiply_rows<!TRANSPOSE_B>(rows, copy_part, Nothing(), finish, clear);
+    multiply_rows<!TRANSPOSE_B, 0>(rows, copy_part, Nothing(), finish, clear);
 }
 
 #elif defined(GLU)
@@ -490,14 +513,14 @@ constexpr int GATE_COLUMNS = TILE_COLUMNS / 2;
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_glu(
     const X* x, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
     const int* offsets, const int* row_index, X* z, X* a,
-    int num_groups, int num_rows, int depth, int intermediate, int column_tiles
+    int num_groups, int num_rows, int depth, int intermediate, int column_tiles, uint32* due
 ) {
-    const Rows rows = {x, x_map, offsets, row_index, num_groups, num_rows, depth, column_tiles};
+    const Rows rows = {x, x_map, offsets, row_index, num_groups, num_rows, depth, column_tiles, due};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
         const int matrix = 2 * tile.group + cluster_rank();
         copy_to_all<PART, false>(to, w_map, tile.column * GATE_COLUMNS, k, matrix, full);
     };
-    const auto finish = [&](const Sums& sums, const Tile& tile) {
+    const auto finish = [&](const Sums& sums, const Tile& tile, const Ring&) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = tile_row(0, half);
@@ -538,14 +561,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         }
         clear_tile(a + int64(tile.first) * intermediate + first, tile.count, columns, intermediate);
     };
-    multiply_rows<false>(rows, copy_part, Nothing(), finish, clear);
+    multiply_rows<false, 0>(rows, copy_part, Nothing(), finish, clear);
 }
 
 #elif defined(GLU_BACKWARD)
 
-// Brings the next 32 columns to the front. An epilogue as long as this one takes them in a loop: code that
-// names every register once does not fit the instruction cache, and costs more than the product.
-constexpr int PIECE_COLUMNS = 32;
+// After a tile's product z comes through the ring of stages, a piece of its columns at a time: the gates where a
+// step's own operand goes, the ups behind them. Their gradients take their place, and p*a goes behind those.
+constexpr int PIECE_COLUMNS = 64, PIECES = TILE_COLUMNS / PIECE_COLUMNS;
+
+// Brings the next piece to the front. An epilogue as long as this one takes pieces in a loop: code that names
+// every register once does not fit the instruction cache, and costs more than the product.
 __device__ __forceinline__ void shift_piece(Sums& sums) {
 #pragma unroll
     for (int m = 0; m < BLOCKS; ++m)
@@ -558,69 +584,68 @@ __device__ __forceinline__ void shift_piece(Sums& sums) {
 // da'[r] = w_down[e]^T dout[row_index[r]]; from it dz, p*a, and for each tile's columns their part of dp
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_glu_backward(
     const X* dout, const __grid_constant__ TensorMap dout_map, const __grid_constant__ TensorMap w_map,
-    const int* offsets, const int* row_index, const float* row_weights, const X* z, X* dz, X* pa,
+    const __grid_constant__ TensorMap z_map, const int* offsets, const int* row_index,
+    const float* row_weights, X* dz, X* pa,
     float* dp_parts,
-    int num_groups, int num_rows, int depth, int intermediate, int column_tiles
+    int num_groups, int num_rows, int depth, int intermediate, int column_tiles, uint32* due
 ) {
-    const Rows rows = {dout, dout_map, offsets, row_index, num_groups, num_rows, depth, column_tiles};
+    const Rows rows = {dout, dout_map, offsets, row_index, num_groups, num_rows, depth, column_tiles, due};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
         copy_to_all<PART, true>(to, w_map, tile.column * SHARED + cluster_rank() * PART, k, tile.group, full);
     };
-    // the tile's part of z, into the second-level cache while the product is under way
-    const auto look_ahead = [&](const Tile& tile) {
-        constexpr int LINE = 64, LINES = TILE_COLUMNS / LINE;  // elements; of a row
-        for (int i = threadIdx.x; i < tile.count * LINES; i += WARPGROUP) {
-            const int column = tile.column * TILE_COLUMNS + i % LINES * LINE;
-            if (column >= intermediate) continue;
-            const X* from = z + (int64(tile.first) + i / LINES) * 2 * intermediate + column;
-            prefetch(from);
-            prefetch(from + intermediate);
-        }
+    const auto copy_piece = [&](const Ring& ring, const Tile& tile, int i) {
+        const int column = tile.column * TILE_COLUMNS + i * PIECE_COLUMNS;
+        arrive_expecting(ring.full(), 2 * OWN_BYTES);
+        copy_own<OWN, false>(ring.own(), z_map, tile.first, column, 0, ring.full());
+        copy_own<OWN, false>(ring.common(), z_map, tile.first, intermediate + column, 0, ring.full());
     };
-    const auto finish = [&](Sums& sums, const Tile& tile) {
-        struct PieceOfZ {
-            Vector<uint32, 4> gate, up;  // pairs, not to be touched before they are needed
-        };
-        const int first = tile.column * TILE_COLUMNS + lane_column();
-        // what lies outside is read somewhere inside, as a condition would make the loads wait for each other
-        const auto read = [&](int half, int column) -> PieceOfZ {
-            const int64 row = tile.first + min(tile_row(0, half), tile.count - 1);
-            const auto* from = reinterpret_cast<const uint32*>(
-                z + row * 2 * intermediate + min(column, intermediate - 8)
-            );
-            return {load_vector<uint32, 4>(from), load_vector<uint32, 4>(from + intermediate / 2)};
-        };
+    const auto finish = [&](Sums& sums, const Tile& tile, Ring& ring) {
+        constexpr int ARRAY = OWN_BYTES / sizeof(X), ROW = SWIZZLE_BYTES / sizeof(X), CHUNK = 8;  // elements
         float dots[2] = {}, weights[2];
-        PieceOfZ ahead[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            ahead[half] = read(half, first);
+        for (int half = 0; half < 2; ++half)
             weights[half] = row_weights[tile.first + min(tile_row(0, half), tile.count - 1)];
-        }
-#pragma unroll 2
-        for (int piece = 0; piece < TILE_COLUMNS; piece += PIECE_COLUMNS, shift_piece(sums)) {
-            const int column = first + piece;
+#pragma unroll 1
+        for (int i = 0; i < PIECES; ++i, shift_piece(sums), ring.advance()) {
+            X* piece = reinterpret_cast<X*>(stages + ring.stage * STAGE_BYTES);
+            wait(ring.full(), ring.parity);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const PieceOfZ now = ahead[half];
-                ahead[half] = read(half, column + PIECE_COLUMNS);
-                const int row = tile_row(0, half);
-                const int64 at = int64(tile.first) + row;
-                float da[8], gate[8], up[8];
+                constexpr int PAIRS = PIECE_COLUMNS / 8;
+                X* row = piece + tile_row(0, half) * ROW + lane() % 4 * 2;
+                float gate[PAIRS][2], up[PAIRS][2];
 #pragma unroll
-                for (int i = 0; i < 8; ++i) da[i] = sums[0][i / 2][2 * half + i % 2];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    unpack2<X>(now.gate.at[i], gate[2 * i], gate[2 * i + 1]);
-                    unpack2<X>(now.up.at[i], up[2 * i], up[2 * i + 1]);
+                for (int n = 0; n < PAIRS; ++n) {
+                    const int at = (n ^ lane() / 4) * CHUNK;  // as the copy engine swizzles
+                    load_values(gate[n], row + at);
+                    load_values(up[n], row + at + ARRAY);
                 }
-                gather_columns(da);
-                if (row < tile.count && column < intermediate)
+#pragma unroll
+                for (int n = 0; n < PAIRS; ++n) {
+                    const int at = (n ^ lane() / 4) * CHUNK;
+                    const float da[2] = {sums[0][n][2 * half], sums[0][n][2 * half + 1]};
                     dots[half] += store_glu_gradient(
-                        Streamed(), ACTIVATION, da, weights[half], gate, up,
-                        dz + at * 2 * intermediate + column, pa + at * intermediate + column, intermediate
+                        Whole(), ACTIVATION, da, weights[half], gate[n], up[n], row + at, row + at + 2 * ARRAY, ARRAY
                     );
+                }
             }
+            __syncwarp();
+            // a warp's rows, as it has left them, in whole lines
+            const int chunk = lane() % 8, column = tile.column * TILE_COLUMNS + i * PIECE_COLUMNS + chunk * CHUNK;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int row = block_row(0) + warp() % 4 * 16 + 4 * j + lane() / 8;
+                const X* from = piece + row * ROW + (chunk ^ row % 8) * CHUNK;
+                const int64 at = int64(tile.first) + row;
+                if (row >= tile.count || column >= intermediate) continue;
+                X* to = dz + at * 2 * intermediate + column;
+                stream_vector16(to, load_vector<X, 8>(from));
+                stream_vector16(to + intermediate, load_vector<X, 8>(from + ARRAY));
+                stream_vector16(pa + at * intermediate + column, load_vector<X, 8>(from + 2 * ARRAY));
+            }
+            publish_to_products();  // before the copy engine writes there again
+            __syncwarp();
+            release(ring.empty());
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -640,7 +665,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         for (int i = threadIdx.x % WARPGROUP; i < tile.count; i += WARPGROUP)
             dp_parts[int64(tile.column) * num_rows + tile.first + i] = 0;
     };
-    multiply_rows<true>(rows, copy_part, look_ahead, finish, clear);
+    multiply_rows<true, PIECES>(rows, copy_part, copy_piece, finish, clear);
 }
 
 #elif defined(WGRAD)
@@ -696,7 +721,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                         if (!GATHER) copy_own<OWN, true>(ring.own(), own_map, own_first, row, 0, ring.full());
                     }
                 }
-                if (GATHER) gathered.copy(ring, tile.rows);
+                if (GATHER) gathered.copy(ring);
                 if (!whole) {
                     const int64 first = row;
                     copy_last_rows<SHARED>(
@@ -708,6 +733,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                         );
                 }
                 arrive_after_copies(ring.full());
+                if (GATHER) gathered.advance(ring, tile.rows);
             }
         }
     };

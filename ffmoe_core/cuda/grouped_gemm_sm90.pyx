@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport getenv
 
-from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, Array, Space
+from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, INT32, Array, Space
 from .launch cimport Parameter, compute_capability, kernel, multiprocessor_count
 from .tensor_map cimport TensorMap, map_matrices
 
@@ -17,6 +17,7 @@ cdef enum:
     DEPTH = 64
     STAGES = 4
     MOST_GROUPS = 1024
+    PACED_DEPTH = 1024
     # the stages, then struct Shared: barriers, rows and the list of tiles
     STAGES_BYTES = STAGES * (OWN + SHARED) * DEPTH * 2
     SHARED_BYTES = STAGES_BYTES + STAGES * (2 * 8 + DEPTH * 4) + 2 * (MOST_GROUPS + 2) * 4
@@ -93,10 +94,21 @@ cdef uintptr_t address(Array array) noexcept:
     return <uintptr_t>array.data if array is not None else 0
 
 
-cdef int launch(Space space, str entry, tuple defines, void** params) except -1:
+cdef Array counter_for_pace(Space space, int64_t tiles, int64_t depth):
+    """What blocks need to keep pace (kernels/common/pace.cuh), or None where they need not.
+
+    ``tiles`` of 256 x 256, about. A contraction this deep lets the operands of the tiles that run at the same time
+    outgrow the second-level cache, if the blocks are not at the same place in it.
+    """
+    if depth < PACED_DEPTH or tiles < multiprocessor_count(space.device_id):
+        return None
+    return space.empty((1,), INT32)
+
+
+cdef int launch(Space space, str entry, tuple defines, void** params, uintptr_t counter) except -1:
     cdef unsigned int blocks = multiprocessor_count(space.device_id) // CLUSTER * CLUSTER
-    return kernel(FILE, entry, defines, space.device_id, SHARED_BYTES).launch(
-        blocks, 1, 1, THREADS, SHARED_BYTES, space.stream, params
+    return kernel(FILE, entry, defines, space.device_id, SHARED_BYTES).launch_counting(
+        blocks, 1, 1, THREADS, SHARED_BYTES, space.stream, params, counter
     )
 
 
@@ -113,11 +125,13 @@ cdef int grouped_gemm(
     cdef TensorMap a_map, b_map
     map_matrices(&a_map, a, 1, a.dims[0], depth, OWN)
     map_matrices(&b_map, b, num_groups, b.dims[1], b.dims[2], SHARED // 2 if transpose_b else DEPTH)
-    cdef Parameter[11] params = [
+    cdef Array counter = counter_for_pace(space, divided_up(num_rows, SHARED) * column_tiles, depth)
+    cdef uintptr_t due = address(counter)
+    cdef Parameter[12] params = [
         &a.data, a_map.at, b_map.at, &expert_offsets.data, &index, &out.data,
-        &num_groups, &num_rows, &depth, &columns, &column_tiles,
+        &num_groups, &num_rows, &depth, &columns, &column_tiles, &due,
     ]
-    return launch(space, "grouped_gemm", _gemm[a.dtype, gather, transpose_b], params)
+    return launch(space, "grouped_gemm", _gemm[a.dtype, gather, transpose_b], params, due)
 
 
 cdef int grouped_gemm_wgrad(
@@ -136,7 +150,7 @@ cdef int grouped_gemm_wgrad(
         &num_groups, &a_columns, &b_columns, &row_tiles, &column_tiles,
     ]
     return launch(
-        space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params
+        space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params, 0
     )
 
 
@@ -150,11 +164,13 @@ cdef int grouped_glu(
     cdef TensorMap x_map, w_map
     map_matrices(&x_map, x, 1, x.dims[0], depth, OWN)
     map_matrices(&w_map, w_up, 2 * num_groups, intermediate, depth, SHARED // 2)
-    cdef Parameter[12] params = [
+    cdef Array counter = counter_for_pace(space, divided_up(num_rows, SHARED) * column_tiles, depth)
+    cdef uintptr_t due = address(counter)
+    cdef Parameter[13] params = [
         &x.data, x_map.at, w_map.at, &expert_offsets.data, &index, &kept, &a.data,
-        &num_groups, &num_rows, &depth, &intermediate, &column_tiles,
+        &num_groups, &num_rows, &depth, &intermediate, &column_tiles, &due,
     ]
-    return launch(space, "grouped_glu", _glu[x.dtype, gather, act], params)
+    return launch(space, "grouped_glu", _glu[x.dtype, gather, act], params, due)
 
 
 cdef int grouped_glu_backward(
@@ -165,11 +181,14 @@ cdef int grouped_glu_backward(
     cdef int intermediate = <int>pa.dims[1], column_tiles = divided_up(intermediate, PART_COLUMNS)
     cdef bint gather = row_index is not None
     cdef uintptr_t index = address(row_index)
-    cdef TensorMap dout_map, w_map
+    cdef TensorMap dout_map, w_map, z_map
     map_matrices(&dout_map, dout, 1, dout.dims[0], depth, OWN)
     map_matrices(&w_map, w_down, num_groups, depth, intermediate, DEPTH)
-    cdef Parameter[15] params = [
-        &dout.data, dout_map.at, w_map.at, &expert_offsets.data, &index, &row_weights.data, &z.data, &dz.data,
-        &pa.data, &parts.data, &num_groups, &num_rows, &depth, &intermediate, &column_tiles,
+    map_matrices(&z_map, z, 1, num_rows, 2 * intermediate, OWN)
+    cdef Array counter = counter_for_pace(space, divided_up(num_rows, SHARED) * column_tiles, depth)
+    cdef uintptr_t due = address(counter)
+    cdef Parameter[16] params = [
+        &dout.data, dout_map.at, w_map.at, z_map.at, &expert_offsets.data, &index, &row_weights.data, &dz.data,
+        &pa.data, &parts.data, &num_groups, &num_rows, &depth, &intermediate, &column_tiles, &due,
     ]
-    return launch(space, "grouped_glu_backward", _glu_backward[dout.dtype, gather, act], params)
+    return launch(space, "grouped_glu_backward", _glu_backward[dout.dtype, gather, act], params, due)

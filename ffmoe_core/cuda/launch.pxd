@@ -18,6 +18,17 @@ cdef class Kernel:
         uintptr_t stream,
         void** params,
     ) except -1
+    cdef int launch_counting(
+        self,
+        unsigned int grid_x,
+        unsigned int grid_y,
+        unsigned int grid_z,
+        unsigned int block,
+        unsigned int smem,
+        uintptr_t stream,
+        void** params,
+        uintptr_t counter,
+    ) except -1
 
 
 cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned int dynamic_smem)

@@ -17,6 +17,7 @@ ctypedef int (*LaunchKernel)(
     unsigned int, unsigned int, unsigned int,
     unsigned int smem, void* stream, void** params, void** extra,
 ) noexcept nogil
+ctypedef int (*SetMemory)(uintptr_t to, unsigned int value, size_t count, void* stream) noexcept nogil
 ctypedef int (*GetContext)(void** context) noexcept nogil
 ctypedef int (*SetContext)(void* context) noexcept nogil
 ctypedef int (*GetErrorName)(int error, const char** name) noexcept nogil
@@ -26,6 +27,7 @@ cdef class _Driver:
     """The entry points, resolved at the first kernel."""
 
     cdef LaunchKernel launch
+    cdef SetMemory set_memory
     cdef GetContext get_context
     cdef SetContext set_context
     cdef GetErrorName error_name
@@ -33,6 +35,7 @@ cdef class _Driver:
     def __cinit__(self):
         library = ctypes.CDLL("libcuda.so.1")
         self.launch = <LaunchKernel><uintptr_t>_address(library.cuLaunchKernel)
+        self.set_memory = <SetMemory><uintptr_t>_address(library.cuMemsetD32Async)
         self.get_context = <GetContext><uintptr_t>_address(library.cuCtxGetCurrent)
         self.set_context = <SetContext><uintptr_t>_address(library.cuCtxSetCurrent)
         self.error_name = <GetErrorName><uintptr_t>_address(library.cuGetErrorName)
@@ -69,14 +72,31 @@ cdef class Kernel:
         void** params,
     ) except -1:
         """Launch on ``stream``; the inputs' device need not be the current one."""
+        return self.launch_counting(grid_x, grid_y, grid_z, block, smem, stream, params, 0)
+
+    cdef int launch_counting(
+        self,
+        unsigned int grid_x,
+        unsigned int grid_y,
+        unsigned int grid_z,
+        unsigned int block,
+        unsigned int smem,
+        uintptr_t stream,
+        void** params,
+        uintptr_t counter,
+    ) except -1:
+        """The same, after the 4 bytes at ``counter``, unless it is 0, have been set to zero."""
         cdef void* current = NULL
-        cdef int error
+        cdef int error = 0
         driver.get_context(&current)
         if current != self.context:
             driver.set_context(self.context)
-        error = driver.launch(
-            self.function, grid_x, grid_y, grid_z, block, 1, 1, smem, <void*>stream, params, NULL
-        )
+        if counter != 0:
+            error = driver.set_memory(counter, 0, 1, <void*>stream)
+        if error == 0:
+            error = driver.launch(
+                self.function, grid_x, grid_y, grid_z, block, 1, 1, smem, <void*>stream, params, NULL
+            )
         if current != self.context and current != NULL:
             driver.set_context(current)  # a thread without any context, such as autograd's, keeps ours
         if error != 0:
