@@ -121,6 +121,8 @@ class ExpertParallel:
         *,
         router_input: Any = None,
         grad_losses: Any = None,
+        w_up_grad: Any = None,
+        w_down_grad: Any = None,
     ) -> MoEGrads:
         """Every gradient of ``forward``. As ``moe_backward``; see the class for what the gradients are of.
 
@@ -156,11 +158,12 @@ class ExpertParallel:
 
     def run_experts_backward(
         self, d_rows: Any, received: Any, z: Any, dispatched: Dispatched, w_up: Any, w_down: Any
-    ) -> tuple[Any, Any, Callable[[], tuple[Any, Any]]]:
+    ) -> tuple[Any, Any, Callable[..., tuple[Any, Any]]]:
         """``(d_received [N, H], d_weights [N, S], weight_gradients)``.
 
-        ``weight_gradients()`` computes ``(dw_up, dw_down)``: left to the caller, so that it can be done while
-        d_received is on its way.
+        ``weight_gradients(w_up_grad=None, w_down_grad=None)`` computes ``(dw_up, dw_down)``: left to the caller,
+        so that it can be done while d_received is on its way. What it is given is added to, and None comes in its
+        place, as in ``moe_backward``.
         """
 
     def dispatch_backward(

@@ -30,7 +30,7 @@ from .checks cimport (
     mask_of,
     router_dtype,
 )
-from .moe cimport RoutingParts
+from .moe cimport RoutingParts, sums_of
 
 from .backend import backend_for
 from .checks import check_config
@@ -122,7 +122,8 @@ class ExpertParallel:
         return ExpertParallelResult(output, dispatched.losses, dispatched, z)
 
     def backward(
-        self, grad_output, result, x, gate_weight, w_up, w_down, *, router_input=None, grad_losses=None
+        self, grad_output, result, x, gate_weight, w_up, w_down, *,
+        router_input=None, grad_losses=None, w_up_grad=None, w_down_grad=None,
     ):
         dispatched = result.dispatched
         d_rows = self.combine_backward(grad_output, dispatched)
@@ -131,7 +132,8 @@ class ExpertParallel:
         )
         dx, d_router, d_gate, (dw_up, dw_down) = self.dispatch_backward(
             d_received, d_weights, dispatched, x, gate_weight,
-            router_input=router_input, grad_losses=grad_losses, meanwhile=weight_gradients,
+            router_input=router_input, grad_losses=grad_losses,
+            meanwhile=lambda: weight_gradients(w_up_grad, w_down_grad),
         )
         return MoEGrads(dx, d_router, d_gate, dw_up, dw_down)
 
@@ -566,12 +568,23 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
         space, dp, slot_rows.at(0, (N * S, 1), INT32), None, d_slots.at(0, (N * S, 1), W)
     )
 
-    def weight_gradients():
-        cdef Array dw_down = space.empty((L, H, I), tokens.dtype)
-        backend.grouped_gemm_wgrad(space, d_out, pa, offsets, row_token, None, dw_down, False)
-        cdef Array dw_up = space.empty((L, 2 * I, H), tokens.dtype)
-        backend.grouped_gemm_wgrad(space, dz, tokens, offsets, None, row_token, dw_up, False)
-        return space.export(dw_up), space.export(dw_down)
+    def weight_gradients(w_up_grad=None, w_down_grad=None):
+        cdef Array dw_up = sums_of(w_up_grad, "w_up_grad", "[experts of this rank, ffn_dim, d_model]", up)
+        cdef Array dw_down = sums_of(
+            w_down_grad, "w_down_grad", "[experts of this rank, d_model, ffn_dim // 2]", down
+        )
+        if w_down_grad is None:
+            dw_down = space.empty((L, H, I), tokens.dtype)
+        backend.grouped_gemm_wgrad(
+            space, d_out, pa, offsets, row_token, None, dw_down, w_down_grad is not None
+        )
+        if w_up_grad is None:
+            dw_up = space.empty((L, 2 * I, H), tokens.dtype)
+        backend.grouped_gemm_wgrad(space, dz, tokens, offsets, None, row_token, dw_up, w_up_grad is not None)
+        return (
+            space.export(dw_up) if w_up_grad is None else None,
+            space.export(dw_down) if w_down_grad is None else None,
+        )
 
     return space.export(d_tokens), space.export(d_slots), weight_gradients
 

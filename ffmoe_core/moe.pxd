@@ -6,3 +6,6 @@ cdef class RoutingParts:
 
     cdef readonly Array topk_idx, topk_weights, expert_offsets, row_token, row_weights, token_rows
     cdef readonly Array tokens_per_expert
+
+
+cdef Array sums_of(object buffer, str name, str symbols, Array weight)

@@ -267,8 +267,8 @@ def moe_backward(
         check_device(d_losses, "grad_losses", inputs.x, "x")
         check_dtype(d_losses, "grad_losses", (W,))
     cdef RoutingParts routing = RoutingParts(block, inputs.routing_parts)
-    cdef Array dw_up = _sums(w_up_grad, "w_up_grad", "[num_experts, ffn_dim, d_model]", inputs.w_up)
-    cdef Array dw_down = _sums(w_down_grad, "w_down_grad", "[num_experts, d_model, ffn_dim // 2]", inputs.w_down)
+    cdef Array dw_up = sums_of(w_up_grad, "w_up_grad", "[num_experts, ffn_dim, d_model]", inputs.w_up)
+    cdef Array dw_down = sums_of(w_down_grad, "w_down_grad", "[num_experts, d_model, ffn_dim // 2]", inputs.w_down)
     backend = backend_for(space)
 
     # pa and then dx_rows stand in the same place
@@ -327,7 +327,7 @@ def moe_backward(
     )
 
 
-cdef Array _sums(object buffer, str name, str symbols, Array weight):
+cdef Array sums_of(object buffer, str name, str symbols, Array weight):
     """What a weight's gradient is to be added to, checked; None where it is to be an array of its own."""
     if buffer is None:
         return None

@@ -1,8 +1,10 @@
 """Models whose experts are spread over ranks: whose parameter is whose, and norms of all."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ffmoe_core.comm import Communicator, Step, all_reduced
@@ -53,7 +55,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
     Every rank of the layers' groups calls it together, after the dense gradients were reduced, and gets the same
     norm: that of the model with all its experts in one place. As ``torch.nn.utils.clip_grad_norm_``, which does not
-    know that the ranks hold different experts.
+    know that the ranks hold different experts. A gradient is the parameter's ``grad``, a DTensor (FSDP2) too, or
+    where that is None its ``main_grad``.
 
     Returns the norm before, a 0-d float64 tensor.
     """
@@ -63,23 +66,54 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
             sharded.setdefault(module._sharded.comm, []).extend(module.expert_params)
     spread = {id(parameter) for parameters in sharded.values() for parameter in parameters}
     common = [parameter for parameter in model.parameters() if id(parameter) not in spread]
-    total = _square(common, model)
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    by_groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    for gradient in _gradients(common):
+        by_groups.setdefault(_groups_of(gradient), []).append(gradient)
+    for groups, gradients in by_groups.items():
+        square = _square(gradients, device)
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        total += square
     for comm, parameters in sharded.items():
-        own = _square(parameters, model)
-        total = total + all_reduced(comm, own[None], Step("gradient norm"))[0]
+        square = _square(_gradients(parameters), device)
+        total += all_reduced(comm, square[None], Step("gradient norm"))[0]
     norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(scale.to(parameter.grad.dtype))
+    for gradient in _gradients(model.parameters()):
+        _local(gradient).mul_(scale.to(gradient.dtype))
     return norm
 
 
-def _square(parameters: list[nn.Parameter], model: nn.Module) -> Tensor:
-    """The sum of the gradients' squares, in float64."""
-    device = next(model.parameters()).device
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    found = [
+        getattr(parameter, "main_grad", None) if parameter.grad is None else parameter.grad
+        for parameter in parameters
+    ]
+    return [gradient for gradient in found if gradient is not None]
+
+
+# A DTensor is told by its placements: to import its class takes half a second.
+
+
+def _groups_of(gradient: Any) -> tuple[Any, ...]:
+    """The process groups over which a DTensor is spread; of any other tensor every rank has all."""
+    if not hasattr(gradient, "placements"):
+        return ()
+    spread = [dim for dim, placement in enumerate(gradient.placements) if placement.is_shard()]
+    return tuple(gradient.device_mesh.get_group(dim) for dim in spread)
+
+
+def _local(gradient: Any) -> Tensor:
+    """What this rank has of it."""
+    local: Tensor = gradient.to_local() if hasattr(gradient, "placements") else gradient
+    return local
+
+
+def _square(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """The sum of the gradients' squares on this rank, in float64."""
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            total += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).square()
+    for gradient in gradients:
+        total += torch.linalg.vector_norm(_local(gradient), dtype=torch.float64).square()
     return total

@@ -233,6 +233,9 @@ class MoELayer(nn.Module):
         buffers = self._buffers
         gate_weight = _parameter(self._modules["gate"], "weight")
         w_up, w_down = _parameter(self, "w_up"), _parameter(self, "w_down")
+        weight_sums = (
+            _main_grads(w_up=w_up, w_down=w_down) if self.main_grad and torch.is_grad_enabled() else {}
+        )
         if self._sharded is None:
             routed = self._through_latent(tokens)
             if router_input is None and routed is not tokens:
@@ -248,7 +251,7 @@ class MoELayer(nn.Module):
                 self._options,
                 config,
                 config.recompute_activations,
-                _main_grads(w_up=w_up, w_down=w_down) if self.main_grad and torch.is_grad_enabled() else {},
+                weight_sums,
             )
             output, balance = self._through_latent(output), routing
         else:
@@ -262,6 +265,7 @@ class MoELayer(nn.Module):
                 mask,
                 self.proj_down,
                 self.proj_up,
+                weight_sums,
             )
         statistics = losses.detach() if losses.requires_grad else losses
         if torch.compiler.is_compiling():
@@ -326,10 +330,6 @@ class MoELayer(nn.Module):
         """
         if self._sharded is not None:
             raise ConfigError(f"{name} is sharded already")
-        if self.main_grad:
-            raise UnsupportedError(
-                "main_grad=True works where one device holds all experts; make the layer without it"
-            )
         comm = communicator_for(ep_group, ep_backend, ep_timeout, self.w_up.device)
         options = {
             "num_shared_experts": self.num_shared_experts,
@@ -337,6 +337,7 @@ class MoELayer(nn.Module):
             "expert_bias": self.expert_bias is not None,
             "jitter": self.jitter,
             "aux_mode": self.aux_mode,
+            "main_grad": self.main_grad,
             "dtype": self.w_up.dtype,
             "device": self.w_up.device.type,
             "grad_reduction": grad_reduction,

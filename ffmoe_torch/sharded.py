@@ -4,7 +4,8 @@ Three functions, so that torch's own operations can stand between them: dispatch
 weights are inputs of the first, whose gradient runs last: theirs are computed while the tokens' are on their way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from ffmoe_core.errors import ConfigError
 from ffmoe_core.expert_parallel import Dispatched
 
 GRAD_REDUCTIONS = ("mean", "sum")
+
+WeightGradients = tuple[Tensor | None, Tensor | None]  # of w_up and w_down
 
 
 class ShardedOutput(NamedTuple):
@@ -60,8 +63,12 @@ class ShardedExperts:
         valid_mask: Tensor | None,
         proj_down: nn.Module | None,
         proj_up: nn.Module | None,
+        weight_sums: Mapping[str, Tensor],
     ) -> ShardedOutput:
-        """The routed experts' output for tokens [T, H]. With projections, what crosses is as narrow as they are."""
+        """The routed experts' output for tokens [T, H]. With projections, what crosses is as narrow as they are.
+
+        ``weight_sums`` as for ``routed_experts``.
+        """
         wire = tokens
         if proj_down is not None:
             wire = proj_down(tokens)
@@ -69,7 +76,7 @@ class ShardedExperts:
         wire, router_input, gate_weight, w_up, w_down = _autocast(
             wire, router_input, gate_weight, w_up, w_down
         )
-        call = _Call(self)
+        call = _Call(self, weight_sums)
         received, weights, losses = _Dispatch.apply(
             call, wire, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask
         )
@@ -129,17 +136,32 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
 class _Call:
     """What the functions of one forward call hand to each other, and so do their gradients."""
 
-    def __init__(self, sharded: ShardedExperts) -> None:
-        self.sharded = sharded
+    def __init__(self, sharded: ShardedExperts, weight_sums: Mapping[str, Tensor]) -> None:
+        self.weight_scale = sharded.weight_scale
+        self.weight_sums = weight_sums
         self.expert_parallel = sharded.expert_parallel
         self.dispatched: Dispatched | None = None
-        self.weight_gradients: Callable[[], tuple[Tensor, Tensor]] | None = None
+        self.weight_gradients: Callable[..., WeightGradients] | None = None
 
     def take(self) -> Dispatched:
         """Of the forward call; what backward needs is in autograd's keeping, which knows when to let go."""
         dispatched, self.dispatched = self.dispatched, None
         assert dispatched is not None
         return dispatched
+
+    def scaled(self, weight_gradients: Callable[..., WeightGradients]) -> WeightGradients:
+        """The experts' weight gradients; None for those that were added to ``weight_sums``."""
+        if self.weight_scale == 1:
+            return weight_gradients(**self.weight_sums)
+        # the runtime adds gradients as they are: to zeros, from where they go on scaled
+        fresh = {name: torch.zeros_like(total) for name, total in self.weight_sums.items()}
+        gradients = weight_gradients(**fresh)
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(self.weight_scale)
+        for name, total in self.weight_sums.items():
+            total.add_(fresh[name], alpha=self.weight_scale)
+        return gradients
 
 
 def _save(ctx: Any, dispatched: Dispatched, *tensors: Tensor | None) -> None:
@@ -180,7 +202,9 @@ class _Dispatch(torch.autograd.Function):
         (x, router_input, gate_weight), dispatched = _saved(ctx)
         call: _Call = ctx.call
         weight_gradients, call.weight_gradients = call.weight_gradients, None
-        wanted = ctx.needs_input_grad
+        meanwhile = None
+        if weight_gradients is not None and (any(ctx.needs_input_grad[4:6]) or call.weight_sums):
+            meanwhile = partial(call.scaled, weight_gradients)
         d_received, d_weights, d_losses = (grad.contiguous() for grad in grads)
         dx, d_router, d_gate, weights = call.expert_parallel.dispatch_backward(
             d_received,
@@ -190,12 +214,9 @@ class _Dispatch(torch.autograd.Function):
             gate_weight,
             router_input=router_input,
             grad_losses=d_losses,
-            meanwhile=weight_gradients if wanted[4] or wanted[5] else None,
+            meanwhile=meanwhile,
         )
         dw_up, dw_down = weights or (None, None)
-        if call.sharded.weight_scale != 1:
-            for gradient in weights or ():
-                gradient.mul_(call.sharded.weight_scale)
         return None, dx, d_router, d_gate, dw_up, dw_down, None, None
 
 

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import tempfile
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import pytest
@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -148,10 +151,11 @@ def case(function):
 
 
 class Model(nn.Module):
-    def __init__(self, dtype=torch.float64):
+    def __init__(self, dtype=torch.float64, **options):
         super().__init__()
         self.first = nn.Linear(SIZES["d_model"], SIZES["d_model"], dtype=dtype)
-        self.layers = nn.ModuleList([make_layer(dtype, expert_bias=True, latent_dim=9) for _ in range(2)])
+        options = {"expert_bias": True, "latent_dim": 9, **options}
+        self.layers = nn.ModuleList([make_layer(dtype, **options) for _ in range(2)])
 
     def forward(self, x):
         x = self.first(x)
@@ -162,15 +166,15 @@ class Model(nn.Module):
         return x, total
 
 
-def train(model, x, target, step=None, forward=None):
+def train(model, x, target, step, forward=None, optimizer=None):
     """A few steps; ``step`` is called between the gradients and the optimizer's step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
     norms = []
     for _ in range(4):
         optimizer.zero_grad()
         output, losses = (forward or model)(x)
         ((output - target).square().mean() + losses).backward()
-        norms.append(step().item())
+        norms.append(float(step()))
         optimizer.step()
         for layer in model.layers:
             layer.update_expert_bias(0.01)
@@ -192,14 +196,59 @@ def data_parallel_training(comm):
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = DistributedDataParallel(model, process_group=gloo(comm))
     cut = cuts[comm.rank]
-    norms = train(model, x[cut], target[cut], lambda: clip_grad_norm_(model, 0.5), wrapped)
+    norms = train(model, x[cut], target[cut], partial(clip_grad_norm_, model, 0.5), wrapped)
     wanted = train(whole, x, target, lambda: torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5))
     assert max(wanted) > 0.5
     assert norms == pytest.approx(wanted, rel=1e-10)
-    own = list(expert_range(7, comm.size, comm.rank))
-    for (name, got), want in zip(model.state_dict().items(), whole.state_dict().values(), strict=True):
-        want = want[own] if name.endswith(("w_up", "w_down")) else want
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+    check_state(model.state_dict(), whole.state_dict(), expert_range(7, comm.size, comm.rank))
+
+
+def check_state(got, wanted, experts):
+    """Whether state dicts are the same but for rounding, where ``got`` has some of the experts."""
+    assert list(got) == list(wanted)
+    for name, want in wanted.items():
+        want = want[list(experts)] if name.endswith(("w_up", "w_down")) else want
+        value = got[name].full_tensor() if isinstance(got[name], DTensor) else got[name]
+        torch.testing.assert_close(
+            value, want, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def expert_parameters(model):
+    dense = {id(parameter) for parameter in get_dense_params(model)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in dense]
+
+
+@case
+def fully_sharded_training(comm):
+    """FSDP2 over the dense parameters, a block at a time, experts left alone: step by step that of one process."""
+    x, target, cuts = make_tokens([8] * comm.size)
+    cut, experts = cuts[comm.rank], expert_range(7, comm.size, comm.rank)
+    gloo(comm)
+    mesh = init_device_mesh("cpu", (comm.size,))
+    for options in ({}, {"reshard_after_forward": False}):
+        torch.manual_seed(0)
+        whole, model = Model(), Model()
+        model.load_state_dict(whole.state_dict())
+        shard_experts(model, mesh.get_group(), "torch")
+        ignored = set(expert_parameters(model))
+        for block in (*model.layers, model):
+            fully_shard(block, mesh=mesh, ignored_params=ignored, **options)
+        assert {isinstance(parameter, DTensor) for parameter in get_dense_params(model)} == {True}
+        assert not any(isinstance(parameter, DTensor) for parameter in expert_parameters(model))
+
+        output, losses = model(x[cut])
+        ((output - target[cut]).square().mean() + losses).backward()
+        wanted, want_losses = whole(x)
+        ((wanted - target).square().mean() + want_losses).backward()
+        torch.testing.assert_close(output, wanted[cut])
+        got = {name: parameter.grad for name, parameter in model.named_parameters()}
+        check_state(got, {name: parameter.grad for name, parameter in whole.named_parameters()}, experts)
+
+        norms = train(model, x[cut], target[cut], partial(clip_grad_norm_, model, 0.5))
+        wanted = train(whole, x, target, partial(clip_grad_norm_, whole, 0.5))
+        assert norms == pytest.approx(wanted, rel=1e-10)
+        check_state(model.state_dict(), whole.state_dict(), experts)
 
 
 @case
@@ -239,6 +288,102 @@ def gradients_as_sums(comm):
     own = list(expert_range(7, comm.size, comm.rank))
     torch.testing.assert_close(layer.w_up.grad, whole.w_up.grad[own])
     torch.testing.assert_close(averaged(comm, layer.gate.weight.grad) * comm.size, whole.gate.weight.grad)
+
+
+def with_sums(layer, fill):
+    for weight in layer.expert_params:
+        kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        weight.main_grad = torch.full_like(weight, fill, dtype=kind, requires_grad=False)
+    return layer
+
+
+@case
+def main_grads(comm):
+    """Every backward adds the experts' gradients, scaled but not rounded, to what main_grad holds."""
+    for backend, reduction in (("mpi", "mean"), ("torch", "mean"), ("mpi", "sum")):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            layer, plain = make_layer(dtype, latent_dim=9, main_grad=True), make_layer(dtype, latent_dim=9)
+            for one in (layer, plain):
+                one.shard_experts(group_of(comm, backend), backend, grad_reduction=reduction)
+            with_sums(layer, 0.0)
+            x, grad, cuts = make_tokens([7] * comm.size, dtype)
+            for one in (layer, plain):
+                output, losses = one(x[cuts[comm.rank]])
+                ((output * grad[cuts[comm.rank]]).sum() + sum(losses.values())).backward()
+            assert torch.equal(layer.gate.weight.grad, plain.gate.weight.grad)
+            for ours, theirs in zip(layer.expert_params, plain.expert_params, strict=True):
+                assert ours.grad is None
+                torch.testing.assert_close(ours.main_grad.to(dtype), theirs.grad)
+                if dtype == torch.bfloat16:
+                    assert not torch.equal(ours.main_grad, theirs.grad.to(ours.main_grad.dtype))
+            once = [weight.main_grad.clone() for weight in layer.expert_params]
+            with_sums(layer, 0.5)
+            for _ in range(2):
+                output, losses = layer(x[cuts[comm.rank]])
+                ((output * grad[cuts[comm.rank]]).sum() + sum(losses.values())).backward()
+            for weight, single in zip(layer.expert_params, once, strict=True):
+                torch.testing.assert_close(weight.main_grad, 0.5 + 2 * single)
+
+
+@case
+def main_grads_under_autocast_and_compiled(comm):
+    layer, plain = make_layer(torch.float32, main_grad=True), make_layer(torch.float32)
+    with_sums(layer, 0.0)
+    for one in (layer, plain):
+        one.shard_experts(MPI.COMM_WORLD, "mpi")
+    x, _, cuts = make_tokens([4] * comm.size, torch.float32)
+    x = x[cuts[comm.rank]].requires_grad_()
+    with pytest.raises(ConfigError, match="w_up has no main_grad"):  # the parameters are new ones
+        layer(x)
+    torch._dynamo.reset()
+    for dtype, rounding in ((torch.bfloat16, 0.02), (None, 1e-5)):
+        with_sums(layer, 0.0)
+        plain.zero_grad()
+        for one in (layer, plain):
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                call = one if dtype is not None else torch.compile(one, backend="aot_eager")
+                output, _ = call(x)
+            output.float().square().sum().backward()
+        for ours, theirs in zip(layer.expert_params, plain.expert_params, strict=True):
+            assert ours.grad is None
+            torch.testing.assert_close(ours.main_grad, theirs.grad, rtol=rounding, atol=rounding)
+
+
+@case
+def main_grads_of_what_is_asked_for(comm):
+    """Frozen weights need no main_grad; losses alone give the experts no gradient; others asked for, it is added."""
+    layer = make_layer(main_grad=True)
+    layer.shard_experts(MPI.COMM_WORLD, "mpi")
+    with_sums(layer, 0.0)
+    x, _, cuts = make_tokens([4] * comm.size)
+    x = x[cuts[comm.rank]].requires_grad_()
+    sum(layer(x)[1].values()).backward()
+    assert layer.gate.weight.grad.any()
+    assert not any(weight.main_grad.any() for weight in layer.expert_params)
+    torch.autograd.grad(layer(x)[0].sum(), x)
+    assert all(weight.main_grad.any() for weight in layer.expert_params)
+    layer.w_up.requires_grad_(False)
+    del layer.w_up.main_grad
+    once = layer.w_down.main_grad.clone()
+    layer(x)[0].sum().backward()
+    torch.testing.assert_close(layer.w_down.main_grad, 2 * once)
+    assert layer.w_up.grad is None
+
+
+@case
+def clipping_main_grads(comm):
+    layer, plain = make_layer(main_grad=True), make_layer()
+    for one in (layer, plain):
+        one.shard_experts(gloo(comm), "torch")
+    with_sums(layer, 0.0)
+    x, _, cuts = make_tokens([4] * comm.size)
+    for one in (layer, plain):
+        one(x[cuts[comm.rank]])[0].square().sum().backward()
+        one.gate.weight.grad = averaged(comm, one.gate.weight.grad)
+    norm = clip_grad_norm_(layer, 0.5)
+    assert norm > 0.5
+    assert norm == clip_grad_norm_(plain, 0.5)
+    assert torch.equal(layer.w_up.main_grad, plain.w_up.grad)
 
 
 @case

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ep import cases_core, cases_torch
+from tests.ep import cases_checkpoint, cases_core, cases_torch
 from tests.ep.launch import finish, start
 
 
@@ -33,6 +33,12 @@ def test_core(size, case):
 @pytest.mark.parametrize("case", cases_torch.CASES)
 def test_torch(size, case):
     wrong = verdicts(cases_torch.__name__, size)[case]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("case", cases_checkpoint.CASES)
+def test_checkpoint(case):
+    wrong = verdicts(cases_checkpoint.__name__, 4)[case]
     assert not wrong, wrong
 
 
