@@ -1,8 +1,8 @@
 """Checkpoints by ``torch.distributed.checkpoint`` of models whose experts are spread over ranks.
 
-It cuts and joins what ranks hold of a tensor, and only needs to be told which part that is. A DTensor's placement
-says so for parts as torch cuts them, where a last rank may be left with nothing; experts are dealt out evenly. So
-an ``ExpertShard`` says it by itself.
+It cuts and joins what ranks hold of a tensor, and only needs to be told which part that is. A DTensor's ``Shard(0)``
+stands for parts as torch cuts them: 5 experts over 4 ranks are 2, 2, 1 and none, where ``expert_range`` makes them
+2, 1, 1 and 1. So an ``ExpertShard`` says by itself which experts it has.
 """
 
 from collections.abc import Iterator

@@ -32,15 +32,15 @@ def get_dense_params(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
-    """``model.state_dict()`` as if one process held all experts, on the CPU and the same on every rank.
+    """``model.state_dict()`` as if one process held it all, on the CPU and the same on every rank.
 
-    Every rank of the layers' groups calls it together. ``load_state_dict`` of a model with any number of ranks, or
-    none, takes it: a sharded layer picks its own experts.
+    Every rank that holds a part, of experts or of DTensors (FSDP2), calls it together. ``load_state_dict`` of a model
+    with any number of ranks, or none, takes it: a sharded layer picks its own experts.
     """
-    state = {
-        name: value.cpu() if isinstance(value, Tensor) else value
-        for name, value in model.state_dict().items()
-    }
+    state = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if _is_dtensor(value) else value
+        state[name] = whole.cpu() if isinstance(whole, Tensor) else whole
     for name, module in model.named_modules():
         if isinstance(module, MoELayer) and module._sharded is not None:
             prefix = f"{name}." if name else ""
@@ -94,12 +94,13 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [gradient for gradient in found if gradient is not None]
 
 
-# A DTensor is told by its placements: to import its class takes half a second.
+def _is_dtensor(value: Any) -> bool:
+    return hasattr(value, "placements")  # to import the class takes half a second
 
 
 def _groups_of(gradient: Any) -> tuple[Any, ...]:
     """The process groups over which a DTensor is spread; of any other tensor every rank has all."""
-    if not hasattr(gradient, "placements"):
+    if not _is_dtensor(gradient):
         return ()
     spread = [dim for dim, placement in enumerate(gradient.placements) if placement.is_shard()]
     return tuple(gradient.device_mesh.get_group(dim) for dim in spread)
@@ -107,7 +108,7 @@ def _groups_of(gradient: Any) -> tuple[Any, ...]:
 
 def _local(gradient: Any) -> Tensor:
     """What this rank has of it."""
-    local: Tensor = gradient.to_local() if hasattr(gradient, "placements") else gradient
+    local: Tensor = gradient.to_local() if _is_dtensor(gradient) else gradient
     return local
 
 

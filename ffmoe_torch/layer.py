@@ -70,8 +70,9 @@ class MoELayer(nn.Module):
     main_grad : backward adds the gradients of ``w_up`` and ``w_down``, unrounded, to the tensors that their
         attribute ``main_grad`` holds in forward (float32, or float64 for a float64 layer; the parameter's
         shape), as Megatron's fused gradient accumulation does. Their ``.grad`` stays None. Every backward
-        through the layer adds, also one that is asked for other gradients only. Plain eager calls only:
-        UnsupportedError under torch.compile, autocast and dispatch modes.
+        through the layer adds, also one that is asked for other gradients only. Where one device holds all
+        experts, plain eager calls only: UnsupportedError under torch.compile, autocast and dispatch modes.
+        Where they are sharded, scaled as ``grad_reduction`` says.
     device, dtype : of the parameters. dtype is float32, float64, bfloat16 or float16.
 
     Parameters are ``gate.weight`` [E, H], ``w_up`` [E, 2I, H] (gate rows first), ``w_down`` [E, H, I],

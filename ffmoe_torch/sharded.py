@@ -203,7 +203,7 @@ class _Dispatch(torch.autograd.Function):
         call: _Call = ctx.call
         weight_gradients, call.weight_gradients = call.weight_gradients, None
         meanwhile = None
-        if weight_gradients is not None and (any(ctx.needs_input_grad[4:6]) or call.weight_sums):
+        if weight_gradients is not None and any(ctx.needs_input_grad[4:6]):
             meanwhile = partial(call.scaled, weight_gradients)
         d_received, d_weights, d_losses = (grad.contiguous() for grad in grads)
         dx, d_router, d_gate, weights = call.expert_parallel.dispatch_backward(

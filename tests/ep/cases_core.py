@@ -55,7 +55,7 @@ def on_host(kind, parts):
     return type(parts)(*(kind.host(part) if kind.is_kind(part) else part for part in parts))
 
 
-def run_group(comm, config, layer, inputs=(), loss_scope="group", save=True):
+def run_group(comm, config, layer, inputs=(), loss_scope="group", save=True, sums=None):
     """This rank's part of the layer, from and to NumPy: (the ExpertParallel, result, gradients)."""
     ep = ExpertParallel(comm, config, layer="layer 0", loss_scope=loss_scope)
     cut, own, kind = layer.cuts[comm.rank], slice(ep.experts.start, ep.experts.stop), kind_of(comm)
@@ -74,7 +74,14 @@ def run_group(comm, config, layer, inputs=(), loss_scope="group", save=True):
     result = ep.forward(*arguments, save_for_backward=save, **options)
     routed = {"router_input": options["router_input"]} if "router_input" in options else {}
     d_losses = None if layer.grad_losses is None else array(layer.grad_losses)
-    grads = ep.backward(array(layer.grad_output[cut]), result, *arguments, grad_losses=d_losses, **routed)
+    buffers = {name: array(values) for name, values in (sums or {}).items()}
+    grads = ep.backward(
+        array(layer.grad_output[cut]), result, *arguments, grad_losses=d_losses, **routed, **buffers
+    )
+    if sums is not None:
+        assert grads.w_up is None
+        assert grads.w_down is None
+        grads = grads._replace(w_up=buffers["w_up_grad"], w_down=buffers["w_down_grad"])
     result = on_host(kind, result._replace(dispatched=on_host(kind, result.dispatched)))
     return ep, result, on_host(kind, grads)
 
@@ -262,6 +269,18 @@ def alone(comm):
     want = single_process(layer, BASE, (), "group", "float32")
     _, result, _ = run_group(LocalCommunicator(), BASE, layer)
     assert result.output.tobytes() == want.output[0].tobytes()
+
+
+@case("weight gradients added to sums")
+def weight_sums(comm):
+    for dtype in ("float32", "float64"):
+        layer = group_layer(BASE, uneven(comm.size), dtype)
+        _, _, plain = run_group(comm, BASE, layer)
+        sums = {"w_up_grad": np.full_like(plain.w_up, 0.5), "w_down_grad": np.full_like(plain.w_down, 0.5)}
+        _, _, added = run_group(comm, BASE, layer, sums=sums)
+        for got, want in ((added.w_up, plain.w_up), (added.w_down, plain.w_down)):
+            assert want.any()
+            assert_close(got.astype(np.float64), want.astype(np.float64) + 0.5, dtype, "sums")
 
 
 @case("nothing kept for backward")

@@ -215,8 +215,7 @@ def check_state(got, wanted, experts):
 
 
 def expert_parameters(model):
-    dense = {id(parameter) for parameter in get_dense_params(model)}
-    return [parameter for parameter in model.parameters() if id(parameter) not in dense]
+    return [weight for layer in model.layers for weight in layer.expert_params]
 
 
 @case
@@ -249,6 +248,7 @@ def fully_sharded_training(comm):
         wanted = train(whole, x, target, partial(clip_grad_norm_, whole, 0.5))
         assert norms == pytest.approx(wanted, rel=1e-10)
         check_state(model.state_dict(), whole.state_dict(), experts)
+        check_state(full_state_dict(model), whole.state_dict(), range(7))
 
 
 @case
