@@ -4,7 +4,9 @@
 // float16 of two, bfloat16 of one. Term i is about 2^-8i of its number, so pairs of terms with i + j > 2 are
 // below float32's rounding and are left out. bfloat16 has float32's range: nothing is scaled. (Two float16
 // operands are multiplied as they are.) The tensor cores truncate where they add, so they add up few products
-// only, the smallest terms first; those sums are added in float32, rounded to the nearest.
+// only, the smallest terms first; those sums are added in float32, rounded to the nearest. A result that is rounded
+// to 16 bits in the end needs no such care: two terms of float32 are far below that rounding, and so is what the
+// tensor cores truncate.
 //
 // A block computes a 128x128 tile. Operands come in their own type through a ring of shared-memory stages
 // filled with cp.async, and are split in registers. All widths must divide by 8 and all arrays be 16-byte
@@ -26,7 +28,9 @@ template <class, class> constexpr bool SAME = false;
 template <class X> constexpr bool SAME<X, X> = true;
 
 constexpr bool HALVES = SAME<TypeA, float16> && SAME<TypeB, float16>;
-template <class X> constexpr int TERMS_OF = SAME<X, float> ? 3 : SAME<X, float16> && !HALVES ? 2 : 1;
+constexpr bool ROUNDED = sizeof(TypeOut) == 2;
+constexpr int FLOAT_TERMS = ROUNDED ? 2 : 3;
+template <class X> constexpr int TERMS_OF = SAME<X, float> ? FLOAT_TERMS : SAME<X, float16> && !HALVES ? 2 : 1;
 constexpr int TERMS_A = TERMS_OF<TypeA>, TERMS_B = TERMS_OF<TypeB>;
 template <bool> struct TermType { using type = bfloat16; };
 template <> struct TermType<true> { using type = float16; };
@@ -173,23 +177,27 @@ __device__ __forceinline__ void multiply(
     float (&low)[4], float (&high)[4], const uint32 (&a)[PIECES][TERMS_A][4],
     const uint32 (&b)[PIECES][TERMS_B][4]
 ) {
-    float sums[2][4] = {};
+    float apart[2][4] = {};
+    float (&first)[4] = ROUNDED ? low : apart[0];
+    float (&second)[4] = ROUNDED ? high : apart[1];
 #pragma unroll
-    for (int order = 2; order >= 0; --order)
+    for (int order = FLOAT_TERMS - 1; order >= 0; --order)
 #pragma unroll
         for (int i = 0; i < TERMS_A; ++i) {
             const int j = order - i;
             if (j < 0 || j >= TERMS_B) continue;
 #pragma unroll
             for (int p = 0; p < PIECES; ++p) {
-                multiply_add<Term>(sums[0], a[p][i], b[p][j][0], b[p][j][2]);
-                multiply_add<Term>(sums[1], a[p][i], b[p][j][1], b[p][j][3]);
+                multiply_add<Term>(first, a[p][i], b[p][j][0], b[p][j][2]);
+                multiply_add<Term>(second, a[p][i], b[p][j][1], b[p][j][3]);
             }
         }
+    if constexpr (!ROUNDED) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        low[i] += sums[0][i];
-        high[i] += sums[1][i];
+        for (int i = 0; i < 4; ++i) {
+            low[i] += apart[0][i];
+            high[i] += apart[1][i];
+        }
     }
 }
 

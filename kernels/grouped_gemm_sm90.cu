@@ -46,7 +46,9 @@ constexpr int DEPTH = 64;               // of a stage along the contraction
 constexpr int OWN_BYTES = OWN * DEPTH * 2, SHARED_BYTES = SHARED * DEPTH * 2;
 constexpr int STAGE_BYTES = OWN_BYTES + SHARED_BYTES;
 constexpr int STAGES = 4;
-constexpr int EARLY = 4;  // steps before a tile's end that the next one is announced
+// So many steps before a tile's end its block announces the next one (pace.cuh). Where rows are gathered, a tile
+// starts slowly, and blocks must not wait for each other as well.
+constexpr int EARLY = GATHER ? 10 : 1;
 // Of the 64K registers, what a fetching thread leaves to a multiplying one.
 constexpr int FETCH_REGISTERS = 80, MULTIPLY_REGISTERS = 208;
 

@@ -94,13 +94,13 @@ cdef uintptr_t address(Array array) noexcept:
     return <uintptr_t>array.data if array is not None else 0
 
 
-cdef Array counter_for_pace(Space space, int64_t tiles, int64_t depth):
-    """What blocks need to keep pace (kernels/common/pace.cuh), or None where they need not.
+cdef Array counter_for_pace(Space space, int64_t num_rows, int64_t column_tiles, int64_t depth):
+    """What blocks keep pace with (kernels/common/pace.cuh), or None where it is not worth their waiting.
 
-    ``tiles`` of 256 x 256, about. A contraction this deep lets the operands of the tiles that run at the same time
-    outgrow the second-level cache, if the blocks are not at the same place in it.
+    That is so for short contractions, whose operands stay in the second-level cache anyway, and where there are
+    hardly more tiles than blocks.
     """
-    if depth < PACED_DEPTH or tiles < multiprocessor_count(space.device_id):
+    if depth < PACED_DEPTH or num_rows // SHARED * column_tiles < multiprocessor_count(space.device_id):
         return None
     return space.empty((1,), INT32)
 
@@ -125,7 +125,7 @@ cdef int grouped_gemm(
     cdef TensorMap a_map, b_map
     map_matrices(&a_map, a, 1, a.dims[0], depth, OWN)
     map_matrices(&b_map, b, num_groups, b.dims[1], b.dims[2], SHARED // 2 if transpose_b else DEPTH)
-    cdef Array counter = counter_for_pace(space, divided_up(num_rows, SHARED) * column_tiles, depth)
+    cdef Array counter = counter_for_pace(space, num_rows, column_tiles, depth)
     cdef uintptr_t due = address(counter)
     cdef Parameter[12] params = [
         &a.data, a_map.at, b_map.at, &expert_offsets.data, &index, &out.data,
@@ -164,7 +164,7 @@ cdef int grouped_glu(
     cdef TensorMap x_map, w_map
     map_matrices(&x_map, x, 1, x.dims[0], depth, OWN)
     map_matrices(&w_map, w_up, 2 * num_groups, intermediate, depth, SHARED // 2)
-    cdef Array counter = counter_for_pace(space, divided_up(num_rows, SHARED) * column_tiles, depth)
+    cdef Array counter = counter_for_pace(space, num_rows, column_tiles, depth)
     cdef uintptr_t due = address(counter)
     cdef Parameter[13] params = [
         &x.data, x_map.at, w_map.at, &expert_offsets.data, &index, &kept, &a.data,
@@ -185,7 +185,7 @@ cdef int grouped_glu_backward(
     map_matrices(&dout_map, dout, 1, dout.dims[0], depth, OWN)
     map_matrices(&w_map, w_down, num_groups, depth, intermediate, DEPTH)
     map_matrices(&z_map, z, 1, num_rows, 2 * intermediate, OWN)
-    cdef Array counter = counter_for_pace(space, divided_up(num_rows, SHARED) * column_tiles, depth)
+    cdef Array counter = counter_for_pace(space, num_rows, column_tiles, depth)
     cdef uintptr_t due = address(counter)
     cdef Parameter[16] params = [
         &dout.data, dout_map.at, w_map.at, z_map.at, &expert_offsets.data, &index, &row_weights.data, &dz.data,
