@@ -262,10 +262,13 @@ MANY_ROWS = MANY_TILES[-1] + 77
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("indexed", [False, True])
-def test_more_tiles_than_blocks(cupy_kind, indexed, dtype):
-    """A block that takes several tiles, each as exact as the first; widths that fill no tile."""
+@pytest.mark.parametrize(("inner", "columns"), [(200, 600), (1032, 2312)])
+def test_more_tiles_than_blocks(cupy_kind, inner, columns, indexed, dtype):
+    """A block that takes several tiles, each as exact as the first; widths that fill no tile.
+
+    Contractions as deep as the second keep Hopper's blocks in step with each other.
+    """
     rng, experts = np.random.default_rng(6), len(MANY_TILES) - 1
-    inner, columns = 200, 600
     index = rng.integers(0, 500, MANY_ROWS) if indexed else None
     a = whole_numbers(rng, 500 if indexed else MANY_ROWS, inner)
     b, d = whole_numbers(rng, experts, columns, inner), whole_numbers(rng, MANY_ROWS, columns)
@@ -295,10 +298,11 @@ def test_more_tiles_than_blocks(cupy_kind, indexed, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_glu_of_more_tiles_than_blocks(cupy_kind, activation, dtype):
+@pytest.mark.parametrize(
+    ("hidden", "width", "activation"), [*((136, 328, a) for a in ACTIVATIONS), (1032, 1800, "swiglu")]
+)
+def test_glu_of_more_tiles_than_blocks(cupy_kind, hidden, width, activation, dtype):
     rng, experts = np.random.default_rng(7), len(MANY_TILES) - 1
-    hidden, width = 136, 328
     x = rounded(rng.standard_normal((500, hidden)), dtype)
     w_up = rounded(rng.standard_normal((experts, 2 * width, hidden)) / hidden**0.5, dtype)
     w_down = rounded(rng.standard_normal((experts, hidden, width)) / hidden**0.5, dtype)
