@@ -312,23 +312,18 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
     cdef Array logits = space.empty((T, E), W)
     cdef Array losses = space.empty((3,), W)
     cdef Array sums = space.empty((2, E + 2), FLOAT64) if group else None  # this rank's, the group's
-    cdef Array tokens_per_expert = plans.routing.tokens_per_expert
     plan, sending = plans.routing, plans.sending
     backend.gate_logits(space, routed, gate, logits)
     check_finite(space, logits)
     cdef Array own_sums = sums.at(0, (E + 2,), FLOAT64) if group else None
-    backend.route(
-        space, config, logits, bias, mask, plan.topk_idx, plan.topk_weights, tokens_per_expert, losses, own_sums
-    )
     capacity = config.capacity(T)
-    if capacity is None:
-        capacity = -1
-    elif not config.allow_dropped_tokens:
-        check_capacity(space, tokens_per_expert, capacity)
-    backend.sort(
-        space, plan.topk_idx, plan.topk_weights, capacity, config.drop_policy,
+    backend.route_and_sort(
+        space, config, logits, bias, mask, -1 if capacity is None else capacity,
+        plan.topk_idx, plan.topk_weights, plan.tokens_per_expert, losses, own_sums,
         plan.expert_offsets, plan.row_token, plan.row_weights, plan.token_rows,
     )
+    if capacity is not None and not config.allow_dropped_tokens:
+        check_capacity(space, plan.tokens_per_expert, capacity)
 
     # and so to which rank; a sort wants weights, but nothing reads these
     cdef Array any_weights = plan.topk_weights
@@ -366,23 +361,21 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
         sizes.received,
         Step("dispatch", layer.layer),
     )
-    cdef Array balance = None
+    cdef Array balance = None, group_sums
     if group:
         balance = space.empty((2 * E + 1,), INT32)
-        comm.all_reduce(
-            space,
-            [(balance_of(plans), balance), (own_sums, sums.at(8 * (E + 2), (E + 2,), FLOAT64))],
-            Step("losses", layer.layer),
-        )
-        backend.router_losses(
-            space, config, sums.at(8 * (E + 2), (E + 2,), FLOAT64),
-            balance.at(4 * (E + 1), (E,), INT32), losses,
+        group_sums = sums.at(8 * (E + 2), (E + 2,), FLOAT64)
+        summing = comm.all_reduce(
+            space, [(balance_of(plans), balance), (own_sums, group_sums)], Step("losses", layer.layer)
         )
     transfer.wait()
     backend.sort(
         space, receiving.topk_idx, weights, -1, "position",
         receiving.expert_offsets, receiving.row_token, receiving.row_weights, receiving.token_rows,
     )
+    if group:
+        summing.wait()
+        backend.router_losses(space, config, group_sums, balance.at(4 * (E + 1), (E,), INT32), losses)
     parts = (received, weights, losses, logits, plans.routing_block)
     others = (plans.sending_block, pair_slots, plans.receiving_block)
     return Dispatched(
@@ -444,17 +437,20 @@ def _dispatch_backward(
         dispatched.sizes.sent,
         Step("dispatch backward", layer.layer),
     )
-    between = None if meanwhile is None else meanwhile()
     cdef Array tokens_per_expert = plans.routing.tokens_per_expert, balance, own_d_losses
-    if layer.loss_scope == "group" and layer.has_losses:
+    cdef bint group = layer.loss_scope == "group" and layer.has_losses
+    if group:
         own_d_losses = d_losses
         d_losses = space.empty((3,), W)  # of the sum of all ranks' objectives, each of which holds the losses
-        comm.all_reduce(space, [(own_d_losses, d_losses)], Step("losses backward", layer.layer))
+        summing = comm.all_reduce(space, [(own_d_losses, d_losses)], Step("losses backward", layer.layer))
         balance = view(dispatched.balance, "dispatched.balance")
         check_shape(balance, "dispatched.balance", "[2 * num_experts + 1]", 2 * E + 1)
         check_dtype(balance, "dispatched.balance", (<int>INT32,))
         tokens_per_expert = balance.at(4 * (E + 1), (E,), INT32)
+    between = None if meanwhile is None else meanwhile()
     transfer.wait()
+    if group:
+        summing.wait()
     cdef Array dx = space.empty((T, width), tokens.dtype)
     backend.combine(space, returned, plans.sending.token_rows, None, dx)
     cdef Array d_logits = space.empty((T, E), W)

@@ -203,7 +203,7 @@ def moe_forward(
     capacity = config.capacity(T)
     backend.route_and_sort(
         space, config, logits, bias, mask, -1 if capacity is None else capacity,
-        routing.topk_idx, routing.topk_weights, routing.tokens_per_expert, losses,
+        routing.topk_idx, routing.topk_weights, routing.tokens_per_expert, losses, None,
         routing.expert_offsets, routing.row_token, routing.row_weights, routing.token_rows,
     )
     if capacity is not None and not config.allow_dropped_tokens:

@@ -3,24 +3,21 @@
 import contextlib
 import ctypes
 import weakref
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ffmoe_core.arrays import DTYPE_NAMES, Array, DeviceType, Space
 from ffmoe_core.comm import Communicator, Control, Step
+from ffmoe_core.comm.base import DEFAULT_TIMEOUT, WatchedCommunicator
 from ffmoe_core.comm.communicator import Parts
 from ffmoe_core.comm.host import row_bytes
-from ffmoe_core.comm.watch import Watch
 from ffmoe_core.errors import CommError, ConfigError, DeviceError
 
 EP_BACKENDS = ("auto", "mpi", "nccl", "torch")
-DEFAULT_TIMEOUT = 300.0
 
 
 def communicator_for(ep_group: Any, ep_backend: str, timeout: float, device: torch.device) -> Communicator:
@@ -130,25 +127,16 @@ class StoreControl:
         return notices
 
 
-class TorchCommunicator:
+class TorchCommunicator(WatchedCommunicator):
     """See ``Communicator``: collectives of a process group, gloo's for host memory or another's that fits.
 
     Collectives do not tell who is missing; the ranks find out by the notices of those who are not.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout: float = DEFAULT_TIMEOUT, name: str = "") -> None:
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self.sent_bytes: Counter[str] = Counter()
+        super().__init__(StoreControl(group, name), timeout)
         # The group is torch's, to be destroyed by destroy_process_group: its threads must not outlive that.
         self._group_ref = weakref.ref(group)
-        self._watch = Watch(StoreControl(group, name), timeout)
-        self.timeout = self._watch.timeout
-        self._abandoned: list[Any] = []  # what an exchange may still write to after a failure
-
-    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> "TorchTransfer":
-        counts = [1] * self.size
-        return self.all_to_all_v(space, [(send, recv)], counts, counts, step)
 
     def all_to_all_v(
         self,
@@ -172,29 +160,17 @@ class TorchCommunicator:
                     target, source, recv_bytes, sent_bytes, group=self._group, async_op=True
                 )
             )
-            self.sent_bytes[step.name] += sum(sent_bytes) - sent_bytes[self.rank]
+        self._count_bytes(parts, send_counts, step)
         return TorchTransfer(self, number, works, parts)
 
-    def all_reduce(self, space: Space, parts: Parts, step: Step) -> None:
+    def all_reduce(self, space: Space, parts: Parts, step: Step) -> "TorchTransfer":
         number = self._watch.begin(step)
         works = []
         for send, recv in parts:
             as_bytes(recv).copy_(as_bytes(send))
             total = as_bytes(recv).view(getattr(torch, DTYPE_NAMES[recv.dtype]))
             works.append(dist.all_reduce(total, group=self._group, async_op=True))
-        TorchTransfer(self, number, works, parts).wait()
-
-    def read(self, space: Space, array: Array, step: Step) -> np.ndarray:
-        return space.to_host(array)
-
-    def gather(self, text: str, step: Step) -> list[str]:
-        return self._watch.gather(text, step)
-
-    def barrier(self, step: Step) -> None:
-        self._watch.gather("", step)
-
-    def abort(self, reason: str) -> None:
-        self._watch.abort(reason)
+        return TorchTransfer(self, number, works, parts)
 
     @property
     def _group(self) -> dist.ProcessGroup:
@@ -212,14 +188,12 @@ class TorchTransfer:
         self._number = number
         self._works = works
         self._keep = keep
+        comm._underway.add(self)
 
     def wait(self) -> None:
-        others = set(range(self._comm.size)) - {self._comm.rank}
-        try:
-            self._comm._watch.wait(self._number, lambda: set() if self._over() else others)
-        except BaseException:
-            self._comm._abandoned.append((self._works, self._keep))
-            raise
+        others = set(self._comm._others)
+        self._comm._watch.wait(self._number, lambda: set() if self._over() else others)
+        self._comm._underway.discard(self)
         self._keep = None
 
     def _over(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ffmoe_core import ExpertParallel, MoEConfig, routing_layout
 from ffmoe_core.comm import Step, all_reduced
+from ffmoe_core.comm.base import DEFAULT_TIMEOUT
 from ffmoe_core.errors import (
     ConfigError,
     DeviceError,
@@ -18,7 +19,7 @@ from ffmoe_core.errors import (
     UnsupportedError,
 )
 
-from .communicator import DEFAULT_TIMEOUT, communicator_for
+from .communicator import communicator_for
 from .functional import (
     InjectLosses,
     as_token_mask,

@@ -59,11 +59,11 @@ class Communicator(Protocol):
         than the counts' sum. Rows from rank 0 come first in ``received``.
         """
 
-    def all_reduce(self, space: Space, parts: Parts, step: Step) -> None:
+    def all_reduce(self, space: Space, parts: Parts, step: Step) -> Transfer:
         """``received`` = the sum of every rank's ``sent``: the same bits on every rank."""
 
     def read(self, space: Space, array: Array, step: Step) -> np.ndarray:
-        """A NumPy copy of an array that an exchange filled; waits for it, but not past the deadline."""
+        """A NumPy copy of an array that ``all_to_all`` filled; waits for it, but not past the deadline."""
 
     def gather(self, text: str, step: Step) -> list[str]:
         """Every rank's text, in the order of ranks. For set-up: slow."""
@@ -82,5 +82,5 @@ def all_reduced(comm: Communicator, array: Any, step: Step) -> Any:
     """
     own, space = as_array(array)
     total = space.empty(own.shape, own.dtype)
-    comm.all_reduce(space, [(own, total)], step)
+    comm.all_reduce(space, [(own, total)], step).wait()
     return space.export(total)

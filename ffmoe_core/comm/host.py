@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -29,8 +29,8 @@ def host_numbers(array: Array) -> np.ndarray:
 
 def cut_by_rank(counts: Sequence[int], row_bytes: int) -> list[slice]:
     """The bytes of each rank's rows, for rows that stand in the order of ranks."""
-    ends = np.cumsum([0, *counts]) * row_bytes
-    return [slice(int(a), int(b)) for a, b in pairwise(ends)]
+    ends = accumulate(counts, initial=0)
+    return [slice(a * row_bytes, b * row_bytes) for a, b in pairwise(ends)]
 
 
 def row_bytes(array: Array) -> int:

@@ -38,9 +38,8 @@ class LocalCommunicator:
     def wait(self) -> None:
         """Of a transfer, which is over when it starts."""
 
-    def all_reduce(self, space: Space, parts: Parts, step: Step) -> None:
-        for send, recv in parts:
-            host_bytes(recv)[:] = host_bytes(send)
+    def all_reduce(self, space: Space, parts: Parts, step: Step) -> "LocalCommunicator":
+        return self.all_to_all_v(space, parts, [1], [1], step)
 
     def read(self, space: Space, array: Array, step: Step) -> np.ndarray:
         return space.to_host(array)

@@ -7,17 +7,16 @@ that each rank hears from every other in each exchange.
 
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, Space
+from ..arrays import Space
 from ..errors import CommError, MissingDependencyError
+from .base import DEFAULT_TIMEOUT, SET_UP, WatchedCommunicator
 from .communicator import Parts, Step
 from .host import cut_by_rank, host_bytes, host_numbers, row_bytes
-from .watch import Watch
 
 try:
     from mpi4py import MPI
@@ -25,9 +24,6 @@ except ImportError as error:
     raise MissingDependencyError(
         f"MPI communicators need mpi4py and an MPI library ({error}): pip install 'ffmoe[mpi]'"
     ) from error
-
-DEFAULT_TIMEOUT = 300.0
-SET_UP = Step("set-up")
 
 Messages = list[tuple[int, np.ndarray]]  # (rank, bytes)
 
@@ -65,7 +61,7 @@ class MpiControl:
         return notices
 
 
-class MpiCommunicator:
+class MpiCommunicator(WatchedCommunicator):
     """See ``Communicator``.
 
     Parameters
@@ -78,17 +74,8 @@ class MpiCommunicator:
 
     def __init__(self, comm: MPI.Comm | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         comm = MPI.COMM_WORLD if comm is None else comm
-        self.rank = comm.Get_rank()
-        self.size = comm.Get_size()
-        self.sent_bytes: Counter[str] = Counter()
-        self._abandoned: list[Any] = []  # what MPI may still write to after a failure
-        self._watch = Watch(MpiControl(comm, timeout), timeout)
+        super().__init__(MpiControl(comm, timeout), timeout)
         self._comm = _duplicate(comm, timeout)
-        self.timeout = self._watch.timeout
-
-    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> "MpiTransfer":
-        counts = [1] * self.size
-        return self.all_to_all_v(space, [(send, recv)], counts, counts, step)
 
     def all_to_all_v(
         self,
@@ -107,11 +94,10 @@ class MpiCommunicator:
             target[to_recv[self.rank]] = source[to_send[self.rank]]
             sends += [(rank, source[to_send[rank]]) for rank in self._others]
             recvs += [(rank, target[to_recv[rank]]) for rank in self._others]
-        transfer = self._start(sends, recvs, step, parts)
-        self.sent_bytes[step.name] += sum(memory.size for _, memory in sends)
-        return transfer
+        self._count_bytes(parts, send_counts, step)
+        return self._start(sends, recvs, step, parts)
 
-    def all_reduce(self, space: Space, parts: Parts, step: Step) -> None:
+    def all_reduce(self, space: Space, parts: Parts, step: Step) -> "MpiTransfer":
         sends: Messages = []
         recvs: Messages = []
         everyones = []
@@ -122,31 +108,24 @@ class MpiCommunicator:
             everyones.append(everyone)
             sends += [(rank, source) for rank in self._others]
             recvs += [(rank, everyone[rank]) for rank in self._others]
-        self._start(sends, recvs, step, (parts, everyones)).wait()
-        for (_, recv), everyone in zip(parts, everyones, strict=True):
-            total = host_numbers(recv)
-            total[:] = 0
-            for numbers in everyone.view(total.dtype):  # in the order of ranks: the same bits on each
-                total += numbers
 
-    def read(self, space: Space, array: Array, step: Step) -> np.ndarray:
-        return space.to_host(array)
+        def add_up() -> None:
+            for (_, recv), everyone in zip(parts, everyones, strict=True):
+                total = host_numbers(recv)
+                total[:] = 0
+                for numbers in everyone.view(total.dtype):  # in the order of ranks: the same bits on each
+                    total += numbers
 
-    def gather(self, text: str, step: Step) -> list[str]:
-        return self._watch.gather(text, step)
+        return self._start(sends, recvs, step, parts, add_up)
 
-    def barrier(self, step: Step) -> None:
-        self._watch.gather("", step)
-
-    def abort(self, reason: str) -> None:
-        self._watch.abort(reason)
-
-    @property
-    def _others(self) -> list[int]:
-        """The other ranks, each beginning with its neighbour, so that not all send to one at a time."""
-        return [(self.rank + i) % self.size for i in range(1, self.size)]
-
-    def _start(self, sends: Messages, recvs: Messages, step: Step, keep: Any) -> "MpiTransfer":
+    def _start(
+        self,
+        sends: Messages,
+        recvs: Messages,
+        step: Step,
+        keep: Any,
+        finish: Callable[[], None] | None = None,
+    ) -> "MpiTransfer":
         number = self._watch.begin(step)
         requests = []
         for rank, memory in recvs:
@@ -156,11 +135,13 @@ class MpiCommunicator:
             with contextlib.suppress(MPI.Exception):
                 requests.append((rank, self._comm.Isend([memory, MPI.BYTE], rank)))
         dead = {rank for rank, _ in recvs + sends} - {rank for rank, _ in requests}
-        return MpiTransfer(self, number, requests, dead, keep)
+        transfer = MpiTransfer(self, number, requests, dead, keep, finish)
+        self._underway.add(transfer)
+        return transfer
 
 
 class MpiTransfer:
-    """See ``Transfer``: messages on their way, and the memory they need."""
+    """See ``Transfer``: messages on their way, the memory they need, and what is left to do when all came."""
 
     def __init__(
         self,
@@ -169,20 +150,21 @@ class MpiTransfer:
         requests: list[tuple[int, MPI.Request]],
         dead: set[int],
         keep: Any,
+        finish: Callable[[], None] | None,
     ) -> None:
         self._comm = comm
         self._number = number
         self._requests = requests
         self._dead = dead
         self._keep = keep
+        self._finish = finish
 
     def wait(self) -> None:
-        try:
-            self._comm._watch.wait(self._number, self._waiting_for)
-        except CommError:
-            self._comm._abandoned.append((self._requests, self._keep))
-            raise
-        self._keep = None
+        self._comm._watch.wait(self._number, self._waiting_for)
+        self._comm._underway.discard(self)
+        if self._finish is not None:
+            self._finish()
+        self._keep = self._finish = None
 
     def _waiting_for(self) -> set[int]:
         left = []

@@ -6,13 +6,12 @@ a thread, which then ends NCCL's kernels: whoever waits for the device comes bac
 CommError.
 """
 
-import contextlib
 import ctypes
 import importlib.util
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +19,10 @@ import numpy as np
 
 from ..arrays import DTYPE_NAMES, Array, DeviceType, Space
 from ..errors import CommError, DeviceError, MissingDependencyError
+from .base import DEFAULT_TIMEOUT, SET_UP, WatchedCommunicator
 from .communicator import Parts, Step
 from .control import Control
 from .host import cut_by_rank, row_bytes
-from .watch import Watch
 
 
 def _load_library() -> None:
@@ -47,19 +46,22 @@ except ImportError as error:
         "nvidia-nccl-cu12 or -cu13"
     ) from error
 
-DEFAULT_TIMEOUT = 300.0
-SET_UP = Step("set-up")
 TICK_SECONDS = 0.05  # between two looks at the exchanges under way
-PAUSE_SECONDS = 2e-5  # of the host, which waits for counts
+HIGH_PRIORITY = -1  # of a stream: its blocks come first wherever a multiprocessor has room
+NOT_READY = 600  # cudaErrorNotReady
+
+Cuts = list[
+    tuple[Array, list[slice], Array, list[slice]]
+]  # sent, its bytes by rank, received, its bytes by rank
 
 
 class _Underway(NamedTuple):
     number: int
-    started: Any  # event: the exchange's turn on its stream has come
+    ready: Any  # event: the caller's stream has come to it
     ended: Any  # event
 
 
-class NcclCommunicator:
+class NcclCommunicator(WatchedCommunicator):
     """See ``Communicator``.
 
     Parameters
@@ -72,17 +74,13 @@ class NcclCommunicator:
     def __init__(
         self, control: Control, *, device_id: int | None = None, timeout: float = DEFAULT_TIMEOUT
     ) -> None:
-        self.rank = control.rank
-        self.size = control.size
+        super().__init__(control, timeout)
         self.device_id = runtime.getDevice() if device_id is None else device_id
-        self.sent_bytes: Counter[str] = Counter()
-        self._watch = Watch(control, timeout)
-        self.timeout = self._watch.timeout
         own = nccl.get_unique_id() if self.rank == 0 else b""
-        unique_id = bytes.fromhex(self._watch.gather(own.hex(), SET_UP)[0])
+        unique_id = bytes.fromhex(self.gather(own.hex(), SET_UP)[0])
         with cupy.cuda.Device(self.device_id):
             self._comm = nccl.NcclCommunicator(self.size, unique_id, self.rank)
-            self._stream = cupy.cuda.Stream(non_blocking=True)
+            self._stream = cupy.cuda.Stream(non_blocking=True, priority=HIGH_PRIORITY)
         self._types = {
             "int32": nccl.NCCL_INT32,
             "int64": nccl.NCCL_INT64,
@@ -90,12 +88,17 @@ class NcclCommunicator:
             "float64": nccl.NCCL_FLOAT64,
         }
         self._pinned: Any = None  # for `read`; grows
-        self._underway: deque[_Underway] = deque()
+        self._order: deque[_Underway] = deque()  # of the exchanges on the stream
         threading.Thread(target=self._watch_over, name="ffmoe-nccl", daemon=True).start()
 
     def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> "NcclTransfer":
-        counts = [1] * self.size
-        return self.all_to_all_v(space, [(send, recv)], counts, counts, step)
+        parts, counts = [(send, recv)], [1] * self.size
+        cuts = self._cut(parts, counts, counts)
+        self._count_bytes(parts, counts, step)
+        # The row to itself goes the same way: `read` follows the exchanges' stream, not the caller's.
+        return self._exchange(
+            space, parts, step, lambda: self._send_and_receive(cuts, [*self._others, self.rank])
+        )
 
     def all_to_all_v(
         self,
@@ -105,55 +108,19 @@ class NcclCommunicator:
         recv_counts: Sequence[int],
         step: Step,
     ) -> "NcclTransfer":
-        self._check(parts)
-        others = [(self.rank + i) % self.size for i in range(1, self.size)]
-        with self._exchange(space, step) as transfer:
-            stream = self._stream.ptr
-            for send, recv in parts:
-                to_send = cut_by_rank(send_counts, row_bytes(send))
-                to_recv = cut_by_rank(recv_counts, row_bytes(recv))
-                source, target = to_send[self.rank], to_recv[self.rank]
-                if source.stop > source.start:
-                    runtime.memcpyAsync(
-                        recv.ptr + target.start,
-                        send.ptr + source.start,
-                        source.stop - source.start,
-                        runtime.memcpyDeviceToDevice,
-                        stream,
-                    )
-                for rank in others:
-                    self.sent_bytes[step.name] += to_send[rank].stop - to_send[rank].start
-            nccl.groupStart()
-            try:
-                for send, recv in parts:
-                    to_send = cut_by_rank(send_counts, row_bytes(send))
-                    to_recv = cut_by_rank(recv_counts, row_bytes(recv))
-                    for rank in others:
-                        out, come = to_send[rank], to_recv[rank]
-                        if out.stop > out.start:
-                            self._comm.send(
-                                send.ptr + out.start, out.stop - out.start, nccl.NCCL_UINT8, rank, stream
-                            )
-                        if come.stop > come.start:
-                            self._comm.recv(
-                                recv.ptr + come.start, come.stop - come.start, nccl.NCCL_UINT8, rank, stream
-                            )
-            finally:
-                nccl.groupEnd()
-        transfer.keep = parts
+        cuts = self._cut(parts, send_counts, recv_counts)
+        self._count_bytes(parts, send_counts, step)
+        transfer = self._exchange(space, parts, step, lambda: self._send_and_receive(cuts, self._others))
+        self._copy_own(cuts, space)
         return transfer
 
-    def all_reduce(self, space: Space, parts: Parts, step: Step) -> None:
-        self._check(parts)
-        with self._exchange(space, step) as transfer:
-            nccl.groupStart()
-            try:
-                for send, recv in parts:
-                    kind = self._types[DTYPE_NAMES[send.dtype]]
-                    self._comm.allReduce(send.ptr, recv.ptr, send.size, kind, nccl.NCCL_SUM, self._stream.ptr)
-            finally:
-                nccl.groupEnd()
-        transfer.wait()
+    def all_reduce(self, space: Space, parts: Parts, step: Step) -> "NcclTransfer":
+        def launch() -> None:
+            for send, recv in parts:
+                kind = self._types[DTYPE_NAMES[send.dtype]]
+                self._comm.allReduce(send.ptr, recv.ptr, send.size, kind, nccl.NCCL_SUM, self._stream.ptr)
+
+        return self._exchange(space, parts, step, launch)
 
     def read(self, space: Space, array: Array, step: Step) -> np.ndarray:
         host = np.empty(array.shape, DTYPE_NAMES[array.dtype])
@@ -164,25 +131,54 @@ class NcclCommunicator:
             runtime.memcpyAsync(
                 self._pinned.ptr, array.ptr, array.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr
             )
-            copied = self._stream.record(cupy.cuda.Event(disable_timing=True))
-            while not (copied.done or self._watch.failed):
-                time.sleep(PAUSE_SECONDS)
+            copied = _record(self._stream.ptr)
+            while not (_is_over(copied) or self._watch.failed):
+                time.sleep(0)  # the device idles until the counts are known, so the host does not
         if self._watch.failed:  # and what was copied is not what was to come
             self._watch.begin(step)  # raises
         memory = np.frombuffer(self._pinned, host.dtype, host.size)
         host[...] = memory.reshape(host.shape)
         return host
 
-    def gather(self, text: str, step: Step) -> list[str]:
-        return self._watch.gather(text, step)
+    def _cut(self, parts: Parts, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Cuts:
+        return [
+            (
+                send,
+                cut_by_rank(send_counts, row_bytes(send)),
+                recv,
+                cut_by_rank(recv_counts, row_bytes(recv)),
+            )
+            for send, recv in parts
+        ]
 
-    def barrier(self, step: Step) -> None:
-        self._watch.gather("", step)
+    def _send_and_receive(self, cuts: Cuts, ranks: Sequence[int]) -> None:
+        stream = self._stream.ptr
+        for send, to_send, recv, to_recv in cuts:
+            for rank in ranks:
+                out, come = to_send[rank], to_recv[rank]
+                if out.stop > out.start:
+                    self._comm.send(send.ptr + out.start, out.stop - out.start, nccl.NCCL_UINT8, rank, stream)
+                if come.stop > come.start:
+                    self._comm.recv(
+                        recv.ptr + come.start, come.stop - come.start, nccl.NCCL_UINT8, rank, stream
+                    )
 
-    def abort(self, reason: str) -> None:
-        self._watch.abort(reason)
+    def _copy_own(self, cuts: Cuts, space: Space) -> None:
+        """This rank's rows to itself, on the caller's stream: beside those that cross."""
+        with cupy.cuda.Device(self.device_id):
+            for send, to_send, recv, to_recv in cuts:
+                source, target = to_send[self.rank], to_recv[self.rank]
+                if source.stop > source.start:
+                    runtime.memcpyAsync(
+                        recv.ptr + target.start,
+                        send.ptr + source.start,
+                        source.stop - source.start,
+                        runtime.memcpyDeviceToDevice,
+                        space.stream,
+                    )
 
-    def _check(self, parts: Parts) -> None:
+    def _exchange(self, space: Space, parts: Parts, step: Step, launch: Callable[[], None]) -> "NcclTransfer":
+        """What is launched goes to the exchanges' stream, after all that the caller's stream has to do so far."""
         for pair in parts:
             for array in pair:
                 if array.device_type != DeviceType.CUDA or array.device_id != self.device_id:
@@ -190,51 +186,75 @@ class NcclCommunicator:
                         f"this communicator exchanges memory of cuda:{self.device_id}, but the layer's arrays are "
                         f"on {array.device}"
                     )
-
-    @contextlib.contextmanager
-    def _exchange(self, space: Space, step: Step) -> Iterator["NcclTransfer"]:
-        """What is launched inside goes to the exchanges' stream, after all that the caller's stream has to do."""
         number = self._watch.begin(step)
-        with cupy.cuda.Device(self.device_id):
-            caller = cupy.cuda.ExternalStream(space.stream)
-            self._stream.wait_event(caller.record(cupy.cuda.Event(disable_timing=True)))
-            started = self._stream.record(cupy.cuda.Event(disable_timing=True))
-            transfer = NcclTransfer(caller, cupy.cuda.Event(disable_timing=True))
+        with cupy.cuda.Device(self.device_id):  # stream 0 is that of the current device
+            ready = _record(space.stream)
+            runtime.streamWaitEvent(self._stream.ptr, ready.ptr)
             try:
-                yield transfer
+                nccl.groupStart()
+                try:
+                    launch()
+                finally:
+                    nccl.groupEnd()
             except nccl.NcclError as error:
                 raise CommError(f"{step}: NCCL failed on this rank ({error})", (self.rank,), *step) from error
-            self._stream.record(transfer.ended)
-        self._underway.append(_Underway(number, started, transfer.ended))
+            ended = _record(self._stream.ptr)
+        self._order.append(_Underway(number, ready, ended))
+        transfer = NcclTransfer(self, space, ended, parts)
+        self._underway.add(transfer)
+        return transfer
 
     def _watch_over(self) -> None:
         """Ends NCCL's kernels when an exchange waits too long for others, or another rank has failed."""
         runtime.setDevice(self.device_id)
-        others = set(range(self.size)) - {self.rank}
+        others = set(self._others)
         since = None  # when the first exchange under way was seen to wait for others
-        while not self._watch.failed:
-            time.sleep(TICK_SECONDS)
-            while self._underway and self._underway[0].ended.done:
-                self._watch.end(self._underway.popleft().number)
-                since = None
-            if not self._underway or not self._underway[0].started.done:
-                continue
-            since = time.monotonic() if since is None else since
-            try:
+        try:
+            while not self._watch.failed:
+                time.sleep(TICK_SECONDS)
+                while self._order and _is_over(self._order[0].ended):
+                    self._watch.end(self._order.popleft().number)
+                    since = None
+                # what stood before it on the exchanges' stream has ended: once it is ready, its turn has come
+                if not self._order or not _is_over(self._order[0].ready):
+                    continue
+                since = time.monotonic() if since is None else since
                 self._watch.look(since, others)
-            except CommError:
-                break
-        self._comm.abort()
+        except CommError:
+            pass
+        finally:
+            self._comm.abort()
 
 
 class NcclTransfer:
-    """See ``Transfer``: the caller's stream waits, the host does not."""
+    """See ``Transfer``: the caller's stream waits, the host does not.
 
-    def __init__(self, caller: Any, ended: Any) -> None:
-        self.caller = caller
-        self.ended = ended
-        self.keep: Any = None  # memory that the exchange reads and writes
+    Memory that was allocated for the caller's stream may be used again by what comes later on that stream. So it
+    is kept until the stream waits for the exchange.
+    """
+
+    def __init__(self, comm: NcclCommunicator, space: Space, ended: Any, keep: Any) -> None:
+        self._comm = comm
+        self._stream = space.stream
+        self._ended = ended
+        self._keep = keep
 
     def wait(self) -> None:
-        self.caller.wait_event(self.ended)
-        self.keep = None
+        with cupy.cuda.Device(self._comm.device_id):
+            runtime.streamWaitEvent(self._stream, self._ended.ptr)
+        self._comm._underway.discard(self)
+        self._keep = None
+
+
+def _record(stream: int) -> Any:
+    event = cupy.cuda.Event(disable_timing=True)
+    runtime.eventRecord(event.ptr, stream)
+    return event
+
+
+def _is_over(event: Any) -> bool:
+    """Raises CUDARuntimeError after a kernel that failed: nothing would ever be over."""
+    status = runtime.eventQuery(event.ptr)
+    if status not in (0, NOT_READY):
+        raise runtime.CUDARuntimeError(status)
+    return bool(status == 0)

@@ -487,11 +487,11 @@ cdef void route_backward_block(
 
 def route_and_sort(
     Space space, config, Array logits, Array expert_bias, Array valid_mask, capacity,
-    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses,
+    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses, Array sums,
     Array expert_offsets, Array row_token, Array row_weights, Array token_rows,
 ):
     route(
-        space, config, logits, expert_bias, valid_mask, topk_idx, topk_weights, tokens_per_expert, losses, None
+        space, config, logits, expert_bias, valid_mask, topk_idx, topk_weights, tokens_per_expert, losses, sums
     )
     sort(
         space, topk_idx, topk_weights, capacity, config.drop_policy,

@@ -105,13 +105,13 @@ def route(
 
 def route_and_sort(
     Space space, config, Array logits, Array expert_bias, Array valid_mask, capacity,
-    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses,
+    Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses, Array sums,
     Array expert_offsets, Array row_token, Array row_weights, Array token_rows,
 ):
     if capacity >= 0 and config.drop_policy == "probs":
         route(
             space, config, logits, expert_bias, valid_mask, topk_idx, topk_weights, tokens_per_expert, losses,
-            None,
+            sums,
         )
         sort(
             space, topk_idx, topk_weights, capacity, config.drop_policy,
@@ -123,7 +123,7 @@ def route_and_sort(
     ]
     _route(
         space, config, logits, expert_bias, valid_mask, capacity, topk_idx, topk_weights, tokens_per_expert,
-        losses, None, plan,
+        losses, sums, plan,
     )
 
 

@@ -134,7 +134,7 @@ def stage_calls(kind, dtype):
         "route_and_sort": (
             [config, logits, None, None, 8],
             [
-                *[((T, K), "int32"), ((T, K), W), ((E,), "int32"), ((3,), W)],
+                *[((T, K), "int32"), ((T, K), W), ((E,), "int32"), ((3,), W), ((E + 2,), "float64")],
                 *[((E + 1,), "int32"), ((R,), "int32"), ((R,), W), ((T, K), "int32")],
             ],
             [],

@@ -227,16 +227,22 @@ def test_route_and_sort_do_what_both_do(kind, num_tokens, num_experts, top_k, dt
 
     def outputs():
         pairs = (num_tokens, top_k)
-        routed = [(pairs, "int32"), (pairs, dtype), (num_experts, "int32"), (3, dtype)]
+        routed = [
+            (pairs, "int32"),
+            (pairs, dtype),
+            (num_experts, "int32"),
+            (3, dtype),
+            (num_experts + 2, "float64"),
+        ]
         plan = [(num_experts + 1, "int32"), (slots, "int32"), (slots, dtype), (pairs, "int32")]
         return [kind.full(shape, 99, dtype) for shape, dtype in routed + plan]
 
     together, apart = outputs(), outputs()
     call_stage(kind, "route_and_sort", config, logits, None, valid, capacity, *together)
-    call_stage(kind, "route", config, logits, None, valid, *apart[:4], None)
-    call_stage(kind, "sort", apart[0], apart[1], capacity, drop_policy, *apart[4:])
+    call_stage(kind, "route", config, logits, None, valid, *apart[:5])
+    call_stage(kind, "sort", apart[0], apart[1], capacity, drop_policy, *apart[5:])
     assert same_bits(kind, together, apart)
-    idx, _, counts, _ = (numbers(kind, part) for part in apart[:4])
+    idx, counts = numbers(kind, apart[0]), numbers(kind, apart[2])
     assert (counts == np.bincount(idx[idx >= 0], minlength=num_experts)).all()
 
 
