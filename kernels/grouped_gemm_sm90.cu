@@ -27,6 +27,7 @@
 #include "common/mma.cuh"
 #include "common/pace.cuh"
 #include "common/quad.cuh"
+#include "common/stmatrix.cuh"
 #include "common/tile_walk.cuh"
 #include "common/tma.cuh"
 #include "common/types.cuh"
@@ -46,13 +47,15 @@ constexpr int DEPTH = 64;               // of a stage along the contraction
 constexpr int OWN_BYTES = OWN * DEPTH * 2, SHARED_BYTES = SHARED * DEPTH * 2;
 constexpr int STAGE_BYTES = OWN_BYTES + SHARED_BYTES;
 constexpr int STAGES = 4;
-// So many steps before a tile's end its block announces the next one (pace.cuh). Where rows are gathered, a tile
-// starts slowly, and blocks must not wait for each other as well.
-constexpr int EARLY = GATHER ? 10 : 1;
 // Of the 64K registers, what a fetching thread leaves to a multiplying one.
 constexpr int FETCH_REGISTERS = 80, MULTIPLY_REGISTERS = 208;
 
 // --- shared memory ---
+
+// Finished sums leave 64 columns of 64 rows at a time, each warp's 16 rows for itself, through buffers: a tile's last
+// stage, which is held back for that, and a spare one for each warpgroup that multiplies.
+constexpr int BUFFER_BYTES = 64 * SWIZZLE_BYTES;
+constexpr int BUFFERS_OF_STAGE = STAGE_BYTES / CONSUMERS / BUFFER_BYTES, BUFFERS = BUFFERS_OF_STAGE + 1;
 
 struct Shared {
     uint64 full[STAGES];   // a stage's operands have come
@@ -63,7 +66,7 @@ struct Shared {
 extern __shared__ __align__(1024) unsigned char stages[];
 
 __device__ __forceinline__ Shared& shared() {
-    return *reinterpret_cast<Shared*>(stages + STAGES * STAGE_BYTES);
+    return *reinterpret_cast<Shared*>(stages + STAGES * STAGE_BYTES + CONSUMERS * BUFFER_BYTES);
 }
 
 // A place in the ring of stages, the same for who fills and who reads.
@@ -243,13 +246,22 @@ __device__ __forceinline__ void release(uint32 empty) {
     if (lane() < CLUSTER) arrive(empty, lane());
 }
 
-// sums = a b over `steps` stages, at least one.
+// Releases the stage of this barrier, if any, when the stores of this warp have read what they take from there.
+__device__ __forceinline__ void let_go(uint32& held) {
+    if (held == 0) return;
+    wait_for_reads<0>();
+    __syncwarp();
+    release(held);
+    held = 0;
+}
+
+// sums = a b over `steps` stages, at least one. Returns the last one, which is not released. held: see let_go.
 template <bool TILE_MAJOR_A, bool TILE_MAJOR_B>
-__device__ __forceinline__ void multiply_tile(Sums& sums, Ring& ring, int steps) {
-    uint32 before = 0;
+__device__ __forceinline__ Ring multiply_tile(Sums& sums, Ring& ring, int steps, uint32& held) {
+    Ring before;
     for (int step = 0; step < steps; ++step, ring.advance()) {
         wait(ring.full(), ring.parity);
-        if (GATHER || TILE_MAJOR_A) publish_to_products();  // cp.async may have written
+        if (GATHER || TILE_MAJOR_A) publish_shared();  // cp.async may have written
         begin_products();
         const uint64 b = operand_at(SHARE_A ? ring.own() : ring.common());
 #pragma unroll
@@ -263,67 +275,143 @@ __device__ __forceinline__ void multiply_tile(Sums& sums, Ring& ring, int steps)
         }
         commit_products();
         wait_for_products<1>();
-        if (step > 0) release(before);
-        before = ring.empty();
+        if (step > 0)
+            release(before.empty());
+        else
+            let_go(held);
+        before = ring;
     }
     wait_for_products<0>();
-    release(before);
 #pragma unroll
     for (int m = 0; m < BLOCKS; ++m) keep_in_order<TILE_COLUMNS>(sums[m]);
+    return before;
 }
 
 // Leaves a tile, none of whose rows are this warpgroup's, to the others.
-__device__ __forceinline__ void pass_tile(Ring& ring, int steps) {
+__device__ __forceinline__ void pass_tile(Ring& ring, int steps, uint32& held) {
+    let_go(held);
     for (int step = 0; step < steps; ++step, ring.advance()) {
         wait(ring.full(), ring.parity);
         release(ring.empty());
     }
 }
 
+// Before a tile's last stage is written to: all who multiply it have read its operands.
+__device__ __forceinline__ void meet_multipliers(int rows) {
+    if (rows > 64) meet_at(1, CONSUMERS * WARPGROUP);
+}
+
 // --- finishing ---
 // A thread's sums[m][n][2 half + i] are of row tile_row(m, half) and column 8 n + 2 (lane % 4) + i of the
-// tile. The epilogues take 32 columns at a time.
+// tile.
 
-__device__ __forceinline__ int lane_column() { return lane() % 4 * 8; }
 __device__ __forceinline__ int tile_row(int m, int half) {
     return block_row(m) + warp() % 4 * 16 + 8 * half + lane() / 4;
 }
-__device__ __forceinline__ void store_packed(X* to, const uint32 (&pairs)[4]) {
-    stream_vector16(reinterpret_cast<uint32*>(to), Vector<uint32, 4>{pairs[0], pairs[1], pairs[2], pairs[3]});
+// A tile of a result: the element it starts at, in memory and in a tensor map, and how much of it exists.
+struct TileOut {
+    X* at;
+    int64 pitch;
+    const TensorMap& map;
+    int x, y, z;
+    int rows, columns;
+};
+
+// Where a thread's 16 bytes of a warp's rows in a buffer are.
+__device__ __forceinline__ uint32 in_buffer(uint32 buffer, int row, int chunk) {
+    return buffer + row * SWIZZLE_BYTES + ((chunk ^ row % 8) << 4);
 }
 
-// out points at the tile's first element; so many of its rows and columns exist.
+// 16 rows of 64 columns from a warp's buffer, published, to the tile, where they are row and column of it. The copy
+// engine does it, but for rows behind the last, which may be another group's, unless the map ends there (CLIPPED).
+template <bool CLIPPED>
+__device__ __forceinline__ void store_buffer(uint32 buffer, const TileOut& to, int row, int column) {
+    if (CLIPPED || row + 16 <= to.rows) {
+        if (lane() == 0) store_box(to.map, to.x + column, to.y + row, to.z, buffer);
+    } else if constexpr (!CLIPPED) {
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) {
+            const int at = i + lane() / 8, chunk = lane() % 8;
+            Vector<uint32, 4> piece;
+            load_shared(piece.at, in_buffer(buffer, at, chunk));
+            if (row + at < to.rows && column + chunk * 8 < to.columns)
+                stream_vector16(
+                    reinterpret_cast<uint32*>(to.at + int64(row + at) * to.pitch + column + chunk * 8), piece
+                );
+        }
+    }
+}
+
+// The buffers of a tile whose last stage is held back, one after the other.
+struct Buffers {
+    const Ring& stage;
+    int used = 0;
+
+    __device__ __forceinline__ uint32 next() {
+        if (used >= BUFFERS) {
+            wait_for_reads<BUFFERS - 1>();
+            __syncwarp();
+        }
+        const int i = used++ % BUFFERS;
+        const uint32 at = i < BUFFERS_OF_STAGE
+            ? stage.own() + (consumer() * BUFFERS_OF_STAGE + i) * BUFFER_BYTES
+            : shared_address(stages) + STAGES * STAGE_BYTES + consumer() * BUFFER_BYTES;
+        return at + warp() % 4 * (BUFFER_BYTES / 4);
+    }
+};
+
+// pair(n, half) are the elements of row 8 half + lane / 4 of the warp's and of columns 8 n + 2 (lane % 4) and the
+// one behind it, both from `column` on.
+template <bool CLIPPED, class Pair>
+__device__ __forceinline__ void store_piece(Buffers& buffers, const TileOut& to, int m, int column, Pair pair) {
+    const int row = block_row(m) + warp() % 4 * 16;
+    if (row >= to.rows || column >= to.columns) return;
+    const uint32 buffer = buffers.next();
+#pragma unroll
+    for (int n = 0; n < 8; n += 2) {
+        const uint32 four[4] = {pair(n, 0), pair(n, 1), pair(n + 1, 0), pair(n + 1, 1)};
+        store_matrices(in_buffer(buffer, lane() % 16, n + lane() / 16), four);
+    }
+    publish_shared();
+    __syncwarp();
+    store_buffer<CLIPPED>(buffer, to, row, column);
+    commit_boxes();
+}
+
+// All of a tile's sums.
+template <bool CLIPPED>
+__device__ __forceinline__ void store_tile(const Sums& sums, const Ring& stage, const TileOut& to) {
+    Buffers buffers{stage};
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+        for (int piece = 0; piece < TILE_COLUMNS / 64; ++piece)
+            store_piece<CLIPPED>(buffers, to, m, 64 * piece, [&](int n, int half) {
+                const float* two = &sums[m][8 * piece + n][2 * half];
+                return pack2<X>(two[0], two[1]);
+            });
+}
+
+// out (+)= sums, where out is float32 or added to. It points at the tile's first element; so many of its rows and
+// columns exist.
 template <bool ADD, class Out>
-__device__ __forceinline__ void store_tile(const Sums& sums, int rows, int columns, Out* out, int64 pitch) {
+__device__ __forceinline__ void update_tile(const Sums& sums, int rows, int columns, Out* out, int64 pitch) {
 #pragma unroll
     for (int m = 0; m < BLOCKS; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = tile_row(m, half);
             Out* to = out + row * pitch;
-            if constexpr (ADD || sizeof(Out) == 4) {
 #pragma unroll
-                for (int n = 0; n < TILE_COLUMNS / 8; ++n) {
-                    const int column = 8 * n + lane() % 4 * 2;
-                    if (row >= rows || column >= columns) continue;
-                    const Vector<Out, 2> old = ADD ? load_vector<Out, 2>(to + column) : Vector<Out, 2>{};
-                    Vector<Out, 2> pair;
+            for (int n = 0; n < TILE_COLUMNS / 8; ++n) {
+                const int column = 8 * n + lane() % 4 * 2;
+                if (row >= rows || column >= columns) continue;
+                const Vector<Out, 2> old = ADD ? load_vector<Out, 2>(to + column) : Vector<Out, 2>{};
+                Vector<Out, 2> pair;
 #pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        narrow(sums[m][n][2 * half + i] + (ADD ? widen(old.at[i]) : 0.0f), pair.at[i]);
-                    store_vector(to + column, pair);
-                }
-            } else {
-#pragma unroll
-                for (int n = 0; n < TILE_COLUMNS / 8; n += 4) {
-                    uint32 packed[4];
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        packed[i] = pack2<X>(sums[m][n + i][2 * half], sums[m][n + i][2 * half + 1]);
-                    gather_columns(packed);
-                    const int column = 8 * n + lane_column();
-                    if (row < rows && column < columns) store_packed(to + column, packed);
-                }
+                for (int i = 0; i < 2; ++i)
+                    narrow(sums[m][n][2 * half + i] + (ADD ? widen(old.at[i]) : 0.0f), pair.at[i]);
+                store_vector(to + column, pair);
             }
         }
 }
@@ -373,6 +461,10 @@ __device__ __forceinline__ int tile_stride() { return gridDim.x / CLUSTER; }
 
 // --- products of grouped rows ---
 
+// So many steps before a tile's end its block announces the next one (pace.cuh). Where rows are gathered, a tile
+// starts slowly, and blocks must not wait for each other as well.
+constexpr int EARLY = GATHER ? 10 : 1;
+
 struct Rows {
     const X* a;            // read if GATHER
     const TensorMap& map;  // of a, if not
@@ -405,7 +497,8 @@ struct Walk {
     }
 };
 
-// For every tile: its product, then finish(sums, tile, ring); or clear(tile) for rows that are nobody's. For a
+// For every tile: its product, then held = finish(sums, tile, ring, last) with its last stage, which finish releases or
+// returns for let_go; or clear(tile) for rows that are nobody's. For a
 // step, copy_part(to, tile, k, full) is called in one thread for this block's part of the second operand. After
 // a tile's product MORE_STEPS stages are what copy_more(ring, tile, i) puts there, in one thread, for finish.
 template <bool TILE_MAJOR_B, int MORE_STEPS, class CopyPart, class CopyMore, class Finish, class Clear>
@@ -459,18 +552,20 @@ __device__ __forceinline__ void multiply_rows(
         Walk walk(rows);
         Ring ring;
         Tile tile;
+        uint32 held = 0;
         for (int index = first_tile(); walk.find(index, tile); index += tile_stride()) {
             const int steps = rows.steps(tile);
             if (steps == 0) {
                 clear(tile);
             } else if (block_row(0) >= tile.count) {
-                pass_tile(ring, steps + MORE_STEPS);
+                pass_tile(ring, steps + MORE_STEPS, held);
             } else {
                 Sums sums;
-                multiply_tile<false, TILE_MAJOR_B>(sums, ring, steps);
-                finish(sums, tile, ring);
+                const Ring last = multiply_tile<false, TILE_MAJOR_B>(sums, ring, steps, held);
+                held = finish(sums, tile, ring, last);
             }
         }
+        wait_for_reads<0>();
     };
     part(GATHER ? GATHER_ARRIVALS : COPY_ARRIVALS, fetch_all, multiply_all);
 }
@@ -486,7 +581,7 @@ struct Nothing {
 // out[r, n] = sum_k a[row_index[r], k] b[e][n, k]   (TRANSPOSE_B 1)   or   b[e][k, n]   (0)
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm(
     const X* a, const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
-    const int* offsets, const int* row_index, X* out,
+    const __grid_constant__ TensorMap out_map, const int* offsets, const int* row_index, X* out,
     int num_groups, int num_rows, int depth, int columns, int column_tiles, uint32* due
 ) {
     const Rows rows = {a, a_map, offsets, row_index, num_groups, num_rows, depth, column_tiles, due};
@@ -494,10 +589,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         const int first = tile.column * SHARED + cluster_rank() * PART;
         copy_to_all<PART, !TRANSPOSE_B>(to, b_map, first, k, tile.group, full);
     };
-    const auto finish = [&](const Sums& sums, const Tile& tile, const Ring&) {
+    const auto finish = [&](const Sums& sums, const Tile& tile, const Ring&, const Ring& last) {
         const int first = tile.column * TILE_COLUMNS;
-        X* to = out + int64(tile.first) * columns + first;
-        store_tile<false>(sums, tile.count, columns - first, to, columns);
+        meet_multipliers(tile.count);
+        store_tile<false>(
+            sums, last,
+            {out + int64(tile.first) * columns + first, columns, out_map, first, tile.first, 0, tile.count,
+             columns - first}
+        );
+        return last.empty();
     };
     const auto clear = [&](const Tile& tile) {
         const int first = tile.column * TILE_COLUMNS;
@@ -514,7 +614,8 @@ constexpr int GATE_COLUMNS = TILE_COLUMNS / 2;
 // z[r] = w_up[e] x[row_index[r]], a = act(gate) * up; w_map is of w_up as [2E, I, H]
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_glu(
     const X* x, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
-    const int* offsets, const int* row_index, X* z, X* a,
+    const __grid_constant__ TensorMap z_map, const __grid_constant__ TensorMap a_map, const int* offsets,
+    const int* row_index, X* z, X* a,
     int num_groups, int num_rows, int depth, int intermediate, int column_tiles, uint32* due
 ) {
     const Rows rows = {x, x_map, offsets, row_index, num_groups, num_rows, depth, column_tiles, due};
@@ -522,37 +623,43 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         const int matrix = 2 * tile.group + cluster_rank();
         copy_to_all<PART, false>(to, w_map, tile.column * GATE_COLUMNS, k, matrix, full);
     };
-    const auto finish = [&](const Sums& sums, const Tile& tile, const Ring&) {
+    const auto finish = [&](const Sums& sums, const Tile& tile, const Ring&, const Ring& last) {
+        const int first = tile.column * GATE_COLUMNS, columns = min(GATE_COLUMNS, intermediate - first);
+        X* z_tile = z + int64(tile.first) * 2 * intermediate + first;
+        Buffers buffers{last};
+        meet_multipliers(tile.count);
+        if (z != nullptr)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = tile_row(0, half);
-            const int64 at = int64(tile.first) + row;
+            for (int column = 0; column < TILE_COLUMNS; column += 64) {
+                const int up = column / GATE_COLUMNS;
+                store_piece<false>(
+                    buffers,
+                    {z_tile + up * intermediate, 2 * int64(intermediate), z_map, first, tile.first, up,
+                     tile.count, columns},
+                    0, column % GATE_COLUMNS,
+                    [&](int n, int half) {
+                        const float* two = &sums[0][column / 8 + n][2 * half];
+                        return pack2<X>(two[0], two[1]);
+                    }
+                );
+            }
 #pragma unroll
-            for (int n = 0; n < GATE_COLUMNS / 8; n += 4) {
-                uint32 gates[4], ups[4], products[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float* gate = &sums[0][n + i][2 * half];
-                    const float* up = &sums[0][n + i + GATE_COLUMNS / 8][2 * half];
-                    gates[i] = pack2<X>(gate[0], gate[1]);
-                    ups[i] = pack2<X>(up[0], up[1]);
-                    products[i] = pack2<X>(
+        for (int column = 0; column < GATE_COLUMNS; column += 64)
+            store_piece<false>(
+                buffers,
+                {a + int64(tile.first) * intermediate + first, intermediate, a_map, first, tile.first, 0,
+                 tile.count, columns},
+                0, column,
+                [&](int n, int half) {
+                    const float* gate = &sums[0][column / 8 + n][2 * half];
+                    const float* up = &sums[0][(column + GATE_COLUMNS) / 8 + n][2 * half];
+                    return pack2<X>(
                         activate<true>(ACTIVATION, gate[0]).value * up[0],
                         activate<true>(ACTIVATION, gate[1]).value * up[1]
                     );
                 }
-                gather_columns(gates);
-                gather_columns(ups);
-                gather_columns(products);
-                const int column = tile.column * GATE_COLUMNS + 8 * n + lane_column();
-                if (row >= tile.count || column >= intermediate) continue;
-                if (z != nullptr) {
-                    store_packed(z + at * 2 * intermediate + column, gates);
-                    store_packed(z + at * 2 * intermediate + intermediate + column, ups);
-                }
-                store_packed(a + at * intermediate + column, products);
-            }
-        }
+            );
+        return last.empty();
     };
     const auto clear = [&](const Tile& tile) {
         const int first = tile.column * GATE_COLUMNS, columns = min(GATE_COLUMNS, intermediate - first);
@@ -586,7 +693,8 @@ __device__ __forceinline__ void shift_piece(Sums& sums) {
 // da'[r] = w_down[e]^T dout[row_index[r]]; from it dz, p*a, and for each tile's columns their part of dp
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_glu_backward(
     const X* dout, const __grid_constant__ TensorMap dout_map, const __grid_constant__ TensorMap w_map,
-    const __grid_constant__ TensorMap z_map, const int* offsets, const int* row_index,
+    const __grid_constant__ TensorMap z_map, const __grid_constant__ TensorMap dz_map,
+    const __grid_constant__ TensorMap pa_map, const int* offsets, const int* row_index,
     const float* row_weights, X* dz, X* pa,
     float* dp_parts,
     int num_groups, int num_rows, int depth, int intermediate, int column_tiles, uint32* due
@@ -599,14 +707,26 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         const int column = tile.column * TILE_COLUMNS + i * PIECE_COLUMNS;
         arrive_expecting(ring.full(), 2 * OWN_BYTES);
         copy_own<OWN, false>(ring.own(), z_map, tile.first, column, 0, ring.full());
-        copy_own<OWN, false>(ring.common(), z_map, tile.first, intermediate + column, 0, ring.full());
+        copy_own<OWN, false>(ring.common(), z_map, tile.first, column, 1, ring.full());
     };
-    const auto finish = [&](Sums& sums, const Tile& tile, Ring& ring) {
+    const auto finish = [&](Sums& sums, const Tile& tile, Ring& ring, const Ring& last) {
         constexpr int ARRAY = OWN_BYTES / sizeof(X), ROW = SWIZZLE_BYTES / sizeof(X), CHUNK = 8;  // elements
         float dots[2] = {}, weights[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             weights[half] = row_weights[tile.first + min(tile_row(0, half), tile.count - 1)];
+        release(last.empty());
+        const int first = tile.column * TILE_COLUMNS, columns = intermediate - first;
+        X* dz_tile = dz + int64(tile.first) * 2 * intermediate + first;
+        const TileOut d_gate = {dz_tile, 2 * int64(intermediate), dz_map, first, tile.first, 0, tile.count, columns};
+        const TileOut d_up = {
+            dz_tile + intermediate, 2 * int64(intermediate), dz_map, first, tile.first, 1, tile.count, columns
+        };
+        const TileOut scaled = {
+            pa + int64(tile.first) * intermediate + first, intermediate, pa_map, first, tile.first, 0, tile.count,
+            columns
+        };
+        Ring before;
 #pragma unroll 1
         for (int i = 0; i < PIECES; ++i, shift_piece(sums), ring.advance()) {
             X* piece = reinterpret_cast<X*>(stages + ring.stage * STAGE_BYTES);
@@ -631,23 +751,22 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                     );
                 }
             }
+            publish_shared();
             __syncwarp();
-            // a warp's rows, as it has left them, in whole lines
-            const int chunk = lane() % 8, column = tile.column * TILE_COLUMNS + i * PIECE_COLUMNS + chunk * CHUNK;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int row = block_row(0) + warp() % 4 * 16 + 4 * j + lane() / 8;
-                const X* from = piece + row * ROW + (chunk ^ row % 8) * CHUNK;
-                const int64 at = int64(tile.first) + row;
-                if (row >= tile.count || column >= intermediate) continue;
-                X* to = dz + at * 2 * intermediate + column;
-                stream_vector16(to, load_vector<X, 8>(from));
-                stream_vector16(to + intermediate, load_vector<X, 8>(from + ARRAY));
-                stream_vector16(pa + at * intermediate + column, load_vector<X, 8>(from + 2 * ARRAY));
+            const int row = block_row(0) + warp() % 4 * 16, column = i * PIECE_COLUMNS;
+            const uint32 from = ring.own() + row * SWIZZLE_BYTES;
+            if (row < tile.count && column < columns) {
+                store_buffer<false>(from, d_gate, row, column);
+                store_buffer<false>(from + OWN_BYTES, d_up, row, column);
+                store_buffer<false>(from + 2 * OWN_BYTES, scaled, row, column);
             }
-            publish_to_products();  // before the copy engine writes there again
-            __syncwarp();
-            release(ring.empty());
+            commit_boxes();
+            if (i > 0) {
+                wait_for_reads<1>();
+                __syncwarp();
+                release(before.empty());
+            }
+            before = ring;
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -657,6 +776,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
             if (row < tile.count && lane() % 4 == 0)
                 dp_parts[int64(tile.column) * num_rows + tile.first + row] = dots[half];
         }
+        return before.empty();
     };
     const auto clear = [&](const Tile& tile) {
         const int first = tile.column * TILE_COLUMNS, columns = intermediate - first;
@@ -672,17 +792,37 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
 
 #elif defined(WGRAD)
 
+struct Part {
+    int group, begin, rows;  // the group's rows: the contraction
+    int first_row, first_column;
+};
+
+// As finish of multiply_rows. `to` is the tile's first element, rows and columns what there is of it.
+template <bool ADD, class Out>
+__device__ __forceinline__ uint32 finish_gradient(
+    const Sums& sums, const Ring& last, const Part& tile, int rows, int columns, Out* to, int pitch,
+    const TensorMap& out_map
+) {
+    if constexpr (ADD || sizeof(Out) == 4) {
+        release(last.empty());
+        update_tile<ADD>(sums, rows, columns, to, pitch);
+        return 0;
+    } else {
+        meet_multipliers(rows);
+        store_tile<true>(
+            sums, last, {to, pitch, out_map, tile.first_column, tile.first_row, tile.group, rows, columns}
+        );
+        return last.empty();
+    }
+}
+
 // out[e][m, n] (+)= sum over the rows r of e of a[r, m] b[r, n]; with GATHER the block's own operand, b if
 // SHARE_A and else a, has row index[r] instead
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm_wgrad(
     const X* a, const __grid_constant__ TensorMap a_map, const X* b, const __grid_constant__ TensorMap b_map,
-    const int* offsets, const int* index, type_of<OUT_TYPE>* out,
+    const __grid_constant__ TensorMap out_map, const int* offsets, const int* index, type_of<OUT_TYPE>* out,
     int num_groups, int a_columns, int b_columns, int row_tiles, int column_tiles
 ) {
-    struct Part {
-        int group, begin, rows;  // the group's rows: the contraction
-        int first_row, first_column;
-    };
     const auto find = [&](int at) -> Part {
         const int group = at / (row_tiles * column_tiles), begin = offsets[group];
         const int before = cluster_rank() * OWN;  // of the own operand
@@ -741,6 +881,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     };
     const auto multiply_all = [&] {
         Ring ring;
+        uint32 held = 0;
         for (int at = first_tile(); at < tiles; at += tile_stride()) {
             const Part tile = find(at);
             const int steps = (tile.rows + DEPTH - 1) / DEPTH;
@@ -749,13 +890,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
             if (steps == 0) {
                 if (!ACCUMULATE) clear_tile(to, rows, columns, b_columns);
             } else if (block_row(0) >= rows) {
-                pass_tile(ring, steps);
+                pass_tile(ring, steps, held);
             } else {
                 Sums sums;
-                multiply_tile<true, true>(sums, ring, steps);
-                store_tile<ACCUMULATE>(sums, rows, columns, to, b_columns);
+                const Ring last = multiply_tile<true, true>(sums, ring, steps, held);
+                held = finish_gradient<ACCUMULATE>(sums, last, tile, rows, columns, to, b_columns, out_map);
             }
         }
+        wait_for_reads<0>();
     };
     part(GATHER_ARRIVALS, fetch_all, multiply_all);
 }

@@ -5,7 +5,7 @@ from libc.stdlib cimport getenv
 
 from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, INT32, Array, Space
 from .launch cimport Parameter, compute_capability, kernel, multiprocessor_count
-from .tensor_map cimport TensorMap, map_matrices
+from .tensor_map cimport TensorMap, map_halves, map_matrices
 
 cdef str FILE = "grouped_gemm_sm90.cu"
 # The same as in the kernels.
@@ -16,11 +16,13 @@ cdef enum:
     SHARED = 256  # and of the one it shares with the other block
     DEPTH = 64
     STAGES = 4
+    STORED = 16   # rows of what a warp stores as one
     MOST_GROUPS = 1024
     PACED_DEPTH = 1024
-    # the stages, then struct Shared: barriers, rows and the list of tiles
+    # the stages, the spare buffers, then struct Shared: barriers, rows and the list of tiles
     STAGES_BYTES = STAGES * (OWN + SHARED) * DEPTH * 2
-    SHARED_BYTES = STAGES_BYTES + STAGES * (2 * 8 + DEPTH * 4) + 2 * (MOST_GROUPS + 2) * 4
+    BUFFERS_BYTES = 2 * 64 * 64 * 2
+    SHARED_BYTES = STAGES_BYTES + BUFFERS_BYTES + STAGES * (2 * 8 + DEPTH * 4) + 2 * (MOST_GROUPS + 2) * 4
 
 cdef tuple TYPES = (<int>BFLOAT16, <int>FLOAT16)
 
@@ -122,13 +124,14 @@ cdef int grouped_gemm(
     cdef int depth = <int>a.dims[1], columns = <int>out.dims[1], column_tiles = divided_up(columns, SHARED)
     cdef bint gather = row_index is not None
     cdef uintptr_t index = address(row_index)
-    cdef TensorMap a_map, b_map
+    cdef TensorMap a_map, b_map, out_map
     map_matrices(&a_map, a, 1, a.dims[0], depth, OWN)
+    map_matrices(&out_map, out, 1, num_rows, columns, STORED)
     map_matrices(&b_map, b, num_groups, b.dims[1], b.dims[2], SHARED // 2 if transpose_b else DEPTH)
     cdef Array counter = counter_for_pace(space, num_rows, column_tiles, depth)
     cdef uintptr_t due = address(counter)
-    cdef Parameter[12] params = [
-        &a.data, a_map.at, b_map.at, &expert_offsets.data, &index, &out.data,
+    cdef Parameter[13] params = [
+        &a.data, a_map.at, b_map.at, out_map.at, &expert_offsets.data, &index, &out.data,
         &num_groups, &num_rows, &depth, &columns, &column_tiles, &due,
     ]
     return launch(space, "grouped_gemm", _gemm[a.dtype, gather, transpose_b], params, due)
@@ -142,11 +145,14 @@ cdef int grouped_gemm_wgrad(
     cdef bint share_a = b_index is not None, gather = share_a or a_index is not None
     cdef uintptr_t index = address(b_index if share_a else a_index)
     cdef int row_tiles = divided_up(a_columns, SHARED), column_tiles = divided_up(b_columns, SHARED)
-    cdef TensorMap a_map, b_map
+    cdef TensorMap a_map, b_map, out_map
     map_matrices(&a_map, a, 1, a.dims[0], a_columns, DEPTH)
     map_matrices(&b_map, b, 1, b.dims[0], b_columns, DEPTH)
-    cdef Parameter[12] params = [
-        &a.data, a_map.at, &b.data, b_map.at, &expert_offsets.data, &index, &out.data,
+    out_map.at = a_map.at  # float32 and sums are not stored by the copy engine
+    if out.dtype == a.dtype and not accumulate:
+        map_matrices(&out_map, out, num_groups, a_columns, b_columns, STORED)
+    cdef Parameter[13] params = [
+        &a.data, a_map.at, &b.data, b_map.at, out_map.at, &expert_offsets.data, &index, &out.data,
         &num_groups, &a_columns, &b_columns, &row_tiles, &column_tiles,
     ]
     return launch(
@@ -161,13 +167,17 @@ cdef int grouped_glu(
     cdef int intermediate = <int>a.dims[1], column_tiles = divided_up(intermediate, SHARED // 2)
     cdef bint gather = row_index is not None
     cdef uintptr_t index = address(row_index), kept = address(z)
-    cdef TensorMap x_map, w_map
+    cdef TensorMap x_map, w_map, z_map, a_map
     map_matrices(&x_map, x, 1, x.dims[0], depth, OWN)
     map_matrices(&w_map, w_up, 2 * num_groups, intermediate, depth, SHARED // 2)
+    map_matrices(&a_map, a, 1, num_rows, intermediate, STORED)
+    z_map.at = a_map.at
+    if z is not None:
+        map_halves(&z_map, z, num_rows, intermediate, STORED)
     cdef Array counter = counter_for_pace(space, num_rows, column_tiles, depth)
     cdef uintptr_t due = address(counter)
-    cdef Parameter[13] params = [
-        &x.data, x_map.at, w_map.at, &expert_offsets.data, &index, &kept, &a.data,
+    cdef Parameter[15] params = [
+        &x.data, x_map.at, w_map.at, z_map.at, a_map.at, &expert_offsets.data, &index, &kept, &a.data,
         &num_groups, &num_rows, &depth, &intermediate, &column_tiles, &due,
     ]
     return launch(space, "grouped_glu", _glu[x.dtype, gather, act], params, due)
@@ -181,14 +191,17 @@ cdef int grouped_glu_backward(
     cdef int intermediate = <int>pa.dims[1], column_tiles = divided_up(intermediate, PART_COLUMNS)
     cdef bint gather = row_index is not None
     cdef uintptr_t index = address(row_index)
-    cdef TensorMap dout_map, w_map, z_map
+    cdef TensorMap dout_map, w_map, z_map, dz_map, pa_map
     map_matrices(&dout_map, dout, 1, dout.dims[0], depth, OWN)
     map_matrices(&w_map, w_down, num_groups, depth, intermediate, DEPTH)
-    map_matrices(&z_map, z, 1, num_rows, 2 * intermediate, OWN)
+    map_halves(&z_map, z, num_rows, intermediate, OWN)
+    map_halves(&dz_map, dz, num_rows, intermediate, STORED)
+    map_matrices(&pa_map, pa, 1, num_rows, intermediate, STORED)
     cdef Array counter = counter_for_pace(space, num_rows, column_tiles, depth)
     cdef uintptr_t due = address(counter)
-    cdef Parameter[16] params = [
-        &dout.data, dout_map.at, w_map.at, z_map.at, &expert_offsets.data, &index, &row_weights.data, &dz.data,
-        &pa.data, &parts.data, &num_groups, &num_rows, &depth, &intermediate, &column_tiles, &due,
+    cdef Parameter[18] params = [
+        &dout.data, dout_map.at, w_map.at, z_map.at, dz_map.at, pa_map.at, &expert_offsets.data, &index,
+        &row_weights.data, &dz.data, &pa.data, &parts.data, &num_groups, &num_rows, &depth, &intermediate,
+        &column_tiles, &due,
     ]
     return launch(space, "grouped_glu_backward", _glu_backward[dout.dtype, gather, act], params, due)

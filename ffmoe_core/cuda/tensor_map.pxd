@@ -15,3 +15,4 @@ cdef struct TensorMap:
 cdef int map_matrices(
     TensorMap* out, Array array, int64_t matrices, int64_t rows, int64_t columns, int box_rows
 ) except -1
+cdef int map_halves(TensorMap* out, Array array, int64_t rows, int64_t columns, int box_rows) except -1

@@ -42,9 +42,21 @@ cdef int map_matrices(
 
     Columns must divide by 8 and the array be 16-byte aligned. Outside the array a box is zero.
     """
-    # the driver refuses an array without rows, of which nothing will be fetched
-    cdef uint64_t* dims = [<uint64_t>columns, <uint64_t>max(rows, 1), <uint64_t>matrices]
-    cdef uint64_t* strides = [<uint64_t>columns * 2, <uint64_t>(columns * rows * 2)]
+    return map_array(out, array, [columns, rows, matrices], [columns, columns * rows], box_rows)
+
+
+cdef int map_halves(TensorMap* out, Array array, int64_t rows, int64_t columns, int box_rows) except -1:
+    """The same for the halves of an array [rows, 2 * columns], as [2, rows, columns]."""
+    return map_array(out, array, [columns, rows, 2], [2 * columns, columns], box_rows)
+
+
+cdef int map_array(
+    TensorMap* out, Array array, const int64_t* sizes, const int64_t* steps, int box_rows
+) except -1:
+    """sizes: innermost first; steps: elements from one to the next, of all but the innermost."""
+    # the driver refuses an array without rows, of which nothing will be moved
+    cdef uint64_t* dims = [<uint64_t>sizes[0], <uint64_t>max(sizes[1], 1), <uint64_t>sizes[2]]
+    cdef uint64_t* strides = [<uint64_t>steps[0] * 2, <uint64_t>steps[1] * 2]
     cdef uint32_t* box = [BOX_COLUMNS, <uint32_t>box_rows, 1]
     cdef uint32_t* ones = [1, 1, 1]
     cdef int error
@@ -58,6 +70,6 @@ cdef int map_matrices(
     )
     if error != 0:
         raise KernelError(
-            f"cuTensorMapEncodeTiled: error {error} ([{matrices}, {rows}, {columns}], {box_rows} rows a box)"
+            f"cuTensorMapEncodeTiled: error {error} ([{sizes[2]}, {sizes[1]}, {sizes[0]}], {box_rows} rows a box)"
         )
     return 0

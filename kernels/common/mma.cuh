@@ -15,6 +15,11 @@ __device__ __forceinline__ float load_shared(uint32 address) {
 __device__ __forceinline__ void load_shared(float (&out)[2], uint32 address) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(out[0]), "=f"(out[1]) : "r"(address));
 }
+__device__ __forceinline__ void load_shared(uint32 (&out)[4], uint32 address) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address));
+}
 
 // Four 8x8 matrices of 16-bit elements; lane 8*i + j gives the address of row j of matrix i.
 __device__ __forceinline__ void load_matrices(uint32 (&out)[4], uint32 address) {

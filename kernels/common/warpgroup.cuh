@@ -10,3 +10,8 @@ template <int registers> __device__ __forceinline__ void give_registers() {
 template <int registers> __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
+
+// So many threads of the block meet here, whole warps of them. There are barriers 1 to 15.
+__device__ __forceinline__ void meet_at(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}

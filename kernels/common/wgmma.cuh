@@ -32,8 +32,8 @@ template <int pending> __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 // What ordinary stores and cp.async have put into shared memory, and a barrier made known to this thread, is
-// seen by its later products.
-__device__ __forceinline__ void publish_to_products() {
+// seen by its later products, and by the copy engine.
+__device__ __forceinline__ void publish_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 // Keeps the compiler from moving accesses of finished sums before the wait for them.
