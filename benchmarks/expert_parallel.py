@@ -214,9 +214,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(f"wire, {mib} MiB: " + ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in rates.items()))
     if args.out and dist.get_rank() == 0:
-        record.write(
-            args.out, {"environment": record.environment(), "sources": record.sources_digest(), **results}
-        )
+        record.write(args.out, {**record.environment(), "sources": record.sources_digest(), **results})
     dist.destroy_process_group()
 
 

@@ -96,6 +96,29 @@ def both_ways(row: Record | None, unit: Record | None = None) -> str:
     return " / ".join(f"{row[key]:.2f}" for key in keys)
 
 
+def expert_parallel(record: Record) -> str:
+    """Layers on every rank, and the bytes on the wire."""
+    names = {
+        "ffmoe": "ffmoe",
+        "peer": "grouped_mm",
+        "alone": "one GPU, the same rows",
+        "+ shared": "with a shared expert",
+        "shared alone": "shared expert alone",
+    }
+    rows = []
+    for layer in record["layers"]:
+        times = [(layer["forward"][name], layer["forward_backward"][name]) for name in names]
+        ratios = [[ours / theirs for ours, theirs in zip(times[0], times[i], strict=True)] for i in (1, 2)]
+        cells = [" / ".join(f"{value:.2f}" for value in pair) for pair in (*times[:3], *ratios, *times[3:])]
+        rows.append((", ".join(map(str, layer["shape"])), *cells))
+    wanted = list(names.values())
+    head = ("T, H, I, E, K a rank", *wanted[:3], "ffmoe : grouped_mm", "ffmoe : one GPU", *wanted[3:])
+    legend = f"Milliseconds and ratios, forward / forward+backward, on {record['ranks']} GPUs."
+    wire = [(f"{row['mib']} MiB", *(f"{row[name]:.0f}" for name in WIRE)) for row in record["wire"]]
+    wire_legend = "All-to-all: GB/s that a rank sends to others, by what it exchanges."
+    return "\n\n".join((table(head, rows), legend, table(("", *WIRE), wire), wire_legend))
+
+
 def memory_kept(record: Record) -> str:
     rows = [
         (
@@ -119,8 +142,11 @@ def gpu_tests(record: Record) -> str:
     return table(("step", "", "outcome"), rows)
 
 
+WIRE = ("ffmoe", "all_to_all_single")
+
 TABLES: dict[str, Callable[[Record], str]] = {
     "cpu_layer": cpu_layer,
+    "expert_parallel": expert_parallel,
     "gpu_tests": gpu_tests,
     "host_time": host_time,
     "layer": layer,
