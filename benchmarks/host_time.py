@@ -70,7 +70,7 @@ class SmallLayer:
     def core_forward(self) -> ffmoe_core.MoEResult:
         return ffmoe_core.moe_forward(*self.arrays, self.config)
 
-    def core_backward(self, saved: ffmoe_core.MoESaved) -> ffmoe_core.MoEGrads:
+    def core_backward(self, saved: ffmoe_core.MoESaved | None) -> ffmoe_core.MoEGrads:
         return ffmoe_core.moe_backward(self.grad, saved, *self.arrays, self.config)
 
     @torch.no_grad()

@@ -273,7 +273,7 @@ def floors(shape: Shape, measured: dict[str, float]) -> dict[str, float]:
         "dW_up": (4 * product, token + 2 * inside + w_up),
         "d-input": (4 * product, 2 * inside + w_up + row),
         "combine dx": (0, row + token),
-        "route backward": (0, 2 * logits + 2 * choice),
+        "route backward": (0, logits + 3 * choice),
         "router dx": (2 * T * H * E, logits + gate + 2 * token),
         "router dgate": (2 * T * H * E, logits + token + gate),
     }

@@ -110,12 +110,25 @@ class MoEConfig:
         """I, the width of an expert's inside: half of ``ffn_dim``."""
         return self.ffn_dim // 2
 
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether backward needs the router's logits; else the weights it gave say all there is to know."""
+        return needs_logits(self.gating, self.norm_topk_prob, self.aux_loss_coeff, self.z_loss_coeff)
+
     def capacity(self, num_tokens: int) -> int | None:
         """Most rows an expert may take of ``num_tokens`` tokens, or None where nothing bounds it."""
         if self.capacity_factor is None:
             return self.max_tokens_per_expert
         share = math.ceil(self.capacity_factor * num_tokens * self.top_k / self.num_experts)
         return share if self.max_tokens_per_expert is None else min(share, self.max_tokens_per_expert)
+
+
+def needs_logits(gating: str, norm_topk_prob: bool, aux_loss_coeff: float, z_loss_coeff: float) -> bool:
+    """``MoEConfig.keeps_logits``, for who has the options without the widths.
+
+    A softmax's gradient is a function of its values, and with these options the weights are such values.
+    """
+    return gating != "softmax" or not norm_topk_prob or aux_loss_coeff > 0 or z_loss_coeff > 0
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None, high_name: str = "") -> None:

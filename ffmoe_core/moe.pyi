@@ -5,7 +5,7 @@ from .config import MoEConfig
 class MoESaved(NamedTuple):
     """What backward needs beside the inputs."""
 
-    logits: Any  # [T, E] router dtype
+    logits: Any  # [T, E] router dtype, or None where config.keeps_logits is False
     z: Any  # [R, 2I] pre-activations, or None where they are recomputed
     routing: Any  # uint8 [n], see RoutingLayout
 
@@ -14,12 +14,8 @@ class MoEResult(NamedTuple):
 
     output: Any  # [T, H]
     losses: Any  # [3] router dtype: aux loss, z-loss (each times its coefficient), router entropy in nats
-    logits: Any  # [T, E] router dtype, or None without save_for_backward
-    z: Any  # [R, 2I] pre-activations, or None where none are kept
     routing: Any  # uint8 [n], see RoutingLayout
-
-    @property
-    def saved(self) -> MoESaved: ...
+    saved: MoESaved | None  # None without save_for_backward
 
 class MoEGrads(NamedTuple):
     """What ``moe_backward`` returns: a gradient for each input, of its shape and dtype."""
@@ -55,8 +51,7 @@ def moe_forward(
     expert_bias : [E] float32, added to the scores for the selection only.
     valid_mask : [T] bool or uint8; tokens with 0 are ignored: no expert, zero output, no part in losses.
         What they hold must be finite all the same.
-    save_for_backward : False when no backward will follow; the result's ``logits`` and ``z``
-        are then None.
+    save_for_backward : False when no backward will follow; the result's ``saved`` is then None.
     out : [T, H], dtype of x: where to write the output.
 
     The router computes in float32 (float64 for float64 x), the experts accumulate in float32 (float64).
@@ -74,7 +69,7 @@ def moe_forward(
 
 def moe_backward(
     grad_output: Any,
-    saved: MoESaved,
+    saved: MoESaved | None,
     x: Any,
     gate_weight: Any,
     w_up: Any,
@@ -91,7 +86,8 @@ def moe_backward(
     Parameters
     ----------
     grad_output : [T, H], dtype of x.
-    saved : ``result.saved`` of the forward call. A ``z`` of None is recomputed, with the same bits.
+    saved : ``result.saved`` of the forward call with this config. A ``z`` of None is recomputed, with the same
+        bits.
     grad_losses : [3], router dtype: the gradient of ``result.losses``; the third entry (the entropy, a
         statistic) is ignored. None is zeros.
     w_up_grad, w_down_grad : float32 (float64 for float64 x), shapes of w_up and w_down: the weight's gradient

@@ -42,7 +42,7 @@ from .plan import RoutingPlan, routing_layout
 class MoESaved(NamedTuple):
     """What backward needs beside the inputs."""
 
-    logits: Any  # [T, E] router dtype
+    logits: Any  # [T, E] router dtype, or None where config.keeps_logits is False
     z: Any  # [R, 2I] pre-activations, or None where they are recomputed
     routing: Any  # uint8 [n], see RoutingLayout
 
@@ -52,13 +52,8 @@ class MoEResult(NamedTuple):
 
     output: Any  # [T, H]
     losses: Any  # [3] router dtype: aux loss, z-loss (each times its coefficient), router entropy in nats
-    logits: Any  # [T, E] router dtype, or None without save_for_backward
-    z: Any  # [R, 2I] pre-activations, or None
     routing: Any  # uint8 [n], see RoutingLayout
-
-    @property
-    def saved(self):
-        return MoESaved(self.logits, self.z, self.routing)
+    saved: MoESaved | None  # None without save_for_backward
 
 
 class MoEGrads(NamedTuple):
@@ -191,10 +186,11 @@ def moe_forward(
     cdef int W = inputs.router_dtype
     cdef int64_t y_at = _padded(R * I * itemsize(dtype))
     cdef int64_t logits_at = y_at + _padded(R * H * itemsize(dtype))
-    cdef int64_t end = logits_at if save_for_backward else logits_at + T * E * itemsize(W)
+    cdef bint keep_logits = save_for_backward and config.keeps_logits
+    cdef int64_t end = logits_at if keep_logits else logits_at + T * E * itemsize(W)
     cdef Array scratch = space.empty((end,), UINT8)
     cdef Array a = scratch.at(0, (R, I), dtype), y = scratch.at(y_at, (R, H), dtype)
-    cdef Array logits = space.empty((T, E), W) if save_for_backward else scratch.at(logits_at, (T, E), W)
+    cdef Array logits = space.empty((T, E), W) if keep_logits else scratch.at(logits_at, (T, E), W)
     cdef Array losses = space.empty((3,), W)
     cdef Array block = space.empty((inputs.routing_bytes,), UINT8)
     cdef RoutingParts routing = RoutingParts(block, inputs.routing_parts)
@@ -216,13 +212,13 @@ def moe_forward(
     )
     backend.grouped_gemm(space, a, inputs.w_down, routing.expert_offsets, None, True, y)
     backend.combine(space, y, routing.token_rows, routing.topk_weights, output)
-    return MoEResult(
-        out if out is not None else space.export(output),
-        space.export(losses),
-        space.export(logits) if save_for_backward else None,
-        None if z is None else space.export(z),
-        space.export(block),
-    )
+    kept = space.export(block)
+    saved = None
+    if save_for_backward:
+        saved = MoESaved(
+            space.export(logits) if keep_logits else None, None if z is None else space.export(z), kept
+        )
+    return MoEResult(out if out is not None else space.export(output), space.export(losses), kept, saved)
 
 
 def moe_backward(
@@ -248,14 +244,16 @@ def moe_backward(
     cdef Array d_out = view(grad_output, "grad_output")
     check_shape(d_out, "grad_output", "[T, d_model]", T, H)
     check_like(d_out, "grad_output", inputs.x, "x")
-    if saved.logits is None:
+    if saved is None:
         raise UnsupportedError(
-            "saved.logits is None: the forward call had save_for_backward=False, which keeps nothing for backward"
+            "saved is None: the forward call had save_for_backward=False, which keeps nothing for backward"
         )
-    cdef Array logits = view(saved.logits, "saved.logits")
-    check_shape(logits, "saved.logits", "[T, num_experts]", T, E)
-    check_device(logits, "saved.logits", inputs.x, "x")
-    check_dtype(logits, "saved.logits", (W,))
+    cdef Array logits = None
+    if config.keeps_logits:
+        logits = view(saved.logits, "saved.logits")
+        check_shape(logits, "saved.logits", "[T, num_experts]", T, E)
+        check_device(logits, "saved.logits", inputs.x, "x")
+        check_dtype(logits, "saved.logits", (W,))
     cdef Array block = view(saved.routing, "saved.routing")
     check_shape(block, "saved.routing", "[RoutingLayout.nbytes]", inputs.routing_bytes)
     check_device(block, "saved.routing", inputs.x, "x")

@@ -6,7 +6,7 @@ transforms cannot work. Where none of this has a say (``nothing_between``), the 
 operators, whose dispatch costs a small layer about as much host time as the runtime.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ffmoe_core import MoEConfig, MoEGrads, MoEResult, MoESaved, moe_backward, moe_forward, routing_layout
+from ffmoe_core.config import needs_logits
 from ffmoe_core.errors import DTypeError, ShapeError, UnsupportedError
 
 # The options of a MoEConfig that travel through an operator, in this order. The widths follow from the
@@ -298,7 +299,7 @@ _library.define(
     tags=_TAGS,
 )
 _library.define(
-    f"moe_backward(Tensor grad_output, Tensor? grad_losses, {_WEIGHTS_SCHEMA}, Tensor logits, Tensor? z, "
+    f"moe_backward(Tensor grad_output, Tensor? grad_losses, {_WEIGHTS_SCHEMA}, Tensor? logits, Tensor? z, "
     f"Tensor routing, {_OPTIONS_SCHEMA}) -> "
     "(Tensor dx, Tensor d_router_input, Tensor d_gate_weight, Tensor dw_up, Tensor dw_down)",
     tags=_TAGS,
@@ -325,6 +326,13 @@ def _config_for(
 ) -> MoEConfig:
     num_experts, d_model = gate_weight.shape
     return _config(d_model, w_down.shape[2], num_experts, options, keep_activations)
+
+
+def _keeps_logits(options: Sequence[Any]) -> bool:
+    """``MoEConfig.keeps_logits`` from the options alone: sizes may be symbolic, which makes no config."""
+    named = dict(zip(_OPTIONS, options, strict=True))
+    decisive = ("gating", "norm_topk_prob", "aux_loss_coeff", "z_loss_coeff")
+    return needs_logits(*(named[name] for name in decisive))
 
 
 def _forward(
@@ -361,7 +369,7 @@ def _backward(
     gate_weight: Tensor,
     w_up: Tensor,
     w_down: Tensor,
-    logits: Tensor,
+    logits: Tensor | None,
     z: Tensor | None,
     routing: Tensor,
 ) -> MoEGrads:
@@ -383,8 +391,15 @@ def _run_moe(*arguments: Any) -> Outputs:
     tensors, options, keep_activations = arguments[:7], arguments[7:-1], arguments[-1]
     config = _config_for(tensors[2], tensors[4], options, keep_activations)
     result = _forward(config, True, *tensors)
-    z = result.output.new_empty(0) if result.z is None else result.z
-    return result.output, result.losses, result.logits, z, result.routing
+    assert result.saved is not None
+    logits, z, routing = result.saved
+    return (
+        result.output,
+        result.losses,
+        result.losses.new_empty(0) if logits is None else logits,
+        result.output.new_empty(0) if z is None else z,
+        routing,
+    )
 
 
 def _run_moe_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -419,11 +434,11 @@ def _fake_moe(
     layout = routing_layout.__wrapped__(
         num_tokens, top_k, num_experts, "float64" if x.dtype == torch.float64 else "float32"
     )
-    keep_activations = arguments[-1]
+    *options, keep_activations = top_k, *arguments
     return (
         torch.empty_like(x),
         x.new_empty(3, dtype=router_dtype),
-        x.new_empty(num_tokens, num_experts, dtype=router_dtype),
+        x.new_empty((num_tokens, num_experts) if _keeps_logits(options) else 0, dtype=router_dtype),
         x.new_empty(num_tokens * top_k, ffn_dim) if keep_activations else x.new_empty(0),
         x.new_empty(layout.nbytes, dtype=torch.uint8),
     )
@@ -461,7 +476,12 @@ class _MoE(torch.autograd.Function):
             outputs: Outputs = _moe(*tensors, *rest)
         *options, keep_activations = rest
         _, _, logits, z, routing = outputs
-        ctx.save_for_backward(*tensors[:5], logits, z if keep_activations else None, routing)
+        ctx.save_for_backward(
+            *tensors[:5],
+            logits if _keeps_logits(options) else None,
+            z if keep_activations else None,
+            routing,
+        )
         ctx.config, ctx.options, ctx.weight_sums = None, options, _NO_SUMS
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logits, z, routing)
@@ -494,8 +514,9 @@ class _StraightMoE(_MoE):
     @staticmethod
     def forward(ctx: Any, rest: tuple[Any, ...], *tensors: Any) -> Any:
         ctx.config, ctx.options, ctx.weight_sums = rest
-        output, losses, logits, z, routing = _forward(ctx.config, True, *tensors)
-        ctx.save_for_backward(*tensors[:5], logits, z, routing)
+        output, losses, routing, saved = _forward(ctx.config, True, *tensors)
+        assert saved is not None
+        ctx.save_for_backward(*tensors[:5], *saved)
         ctx.set_materialize_grads(False)
         if ctx.config.aux_loss_coeff == 0 and ctx.config.z_loss_coeff == 0:
             ctx.mark_non_differentiable(losses)

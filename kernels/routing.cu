@@ -400,10 +400,12 @@ __device__ __forceinline__ void add_softmax_gradient(const W (&w)[N], const W (&
     for (int i = 0; i < N; i++) grad[i] += w[i] * (dw[i] - mean);
 }
 
-// dlogits of every token, from dp_rows [num_rows] at token_rows. grad_losses may be NULL: zeros.
+// dlogits of every token, from dp_rows [num_rows] at token_rows. grad_losses may be NULL: zeros. So may logits,
+// where in that case the weights are a softmax of the selected: they say all that is needed.
 extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward(
-    const Router router, const W* logits, const int* topk_idx, const int* tokens_per_expert,
-    const int* token_rows, const W* dp_rows, int64 num_rows, const W* grad_losses, W* dlogits
+    const Router router, const W* logits, const int* topk_idx, const W* topk_weights,
+    const int* tokens_per_expert, const int* token_rows, const W* dp_rows, int64 num_rows, const W* grad_losses,
+    W* dlogits
 ) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int num_experts = router.num_experts, top_k = router.top_k;
@@ -431,75 +433,75 @@ extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward
     struct Token {
         W logits[N];
         int expert, row;
+        W weight;
     };
     const auto slot_of = [&](int64 t, int k, Token& out) {
         out.expert = out.row = -1;
+        out.weight = 0;
         if (k >= top_k) return;
         out.expert = topk_idx[t * top_k + k];
         out.row = token_rows[t * top_k + k];
+        out.weight = topk_weights[t * top_k + k];
     };
     const auto fetch = [&](int64 t, Token& out) {
-        load_logits(logits + t * num_experts, num_experts, out.logits);
+        if (logits != nullptr) load_logits(logits + t * num_experts, num_experts, out.logits);
         slot_of(t, lane, out);
     };
     const int64 step = int64(gridDim.x) * BACKWARD_WARPS;
     int64 t = int64(blockIdx.x) * BACKWARD_WARPS + warp;
-    Token ahead;
+    Token ahead = {};
     if (t < router.num_tokens) fetch(t, ahead);
     for (; t < router.num_tokens; t += step) {
         Token token = ahead;
         if (t + step < router.num_tokens) fetch(t + step, ahead);
         W grad[N] = {};
         if (__shfl_sync(ALL_LANES, token.expert, 0) >= 0) {
-            W dw[N] = {};
             const auto& l = token.logits;
-            uint32 selected = 0;
-            // the weights' gradients, from the lane of the slot to the lane of the expert
+            // of the selected: the weight without its scale, and its gradient; from the slot's lane to the expert's
+            W w[N] = {}, dw[N] = {};
             for (int first = 0; first < top_k; first += 32) {
                 if (first > 0) slot_of(t, first + lane, token);
                 const int expert = token.expert < num_experts ? token.expert : -1;
                 const bool there = token.row >= 0 && token.row < num_rows;
-                const W mine = there ? dp_rows[token.row] * scale : W(0);
+                const W gradient = there ? dp_rows[token.row] * scale : W(0);
+                const W weight = scale != 0 ? token.weight / scale : W(0);
                 const int slots = top_k - first < 32 ? top_k - first : 32;
                 for (int j = 0; j < slots; j++) {
                     const int e = __shfl_sync(ALL_LANES, expert, j);
-                    const W d = __shfl_sync(ALL_LANES, mine, j);
+                    const W p = __shfl_sync(ALL_LANES, weight, j);
+                    const W d = __shfl_sync(ALL_LANES, gradient, j);
 #pragma unroll
                     for (int i = 0; i < N; i++) {
                         if (e == lane + 32 * i) {
+                            w[i] = p;
                             dw[i] = d;
-                            selected |= 1u << i;
                         }
                     }
                 }
             }
 
-            W v[N], w[N];  // the weights are a softmax over v, of all experts or of the selected
-            if (router.sigmoid) {
-                log_sigmoids(l, v);
-            } else {
-#pragma unroll
-                for (int i = 0; i < N; i++) v[i] = l[i];
-            }
+            // scores are a softmax over v: l, or log sigmoid(l)
             if (router.normalise) {
-#pragma unroll
-                for (int i = 0; i < N; i++) w[i] = selected >> i & 1 ? v[i] : minus_infinity();
-                softmax(w, w);
                 add_softmax_gradient(w, dw, grad);
             } else if (router.sigmoid) {
                 // exp(v), each by itself
 #pragma unroll
                 for (int i = 0; i < N; i++) grad[i] = dw[i] * sigmoid(l[i]);
             } else {
-                softmax(v, w);
+                softmax(l, w);
                 add_softmax_gradient(w, dw, grad);
             }
             if (aux_grad != 0) {
-                softmax(v, w);
+                if (router.sigmoid) {
+                    log_sigmoids(l, w);
+                    softmax(w, w);
+                } else {
+                    softmax(l, w);
+                }
                 add_softmax_gradient(w, balance, grad);
             }
             if (router.sigmoid) {
-                // from v = log sigmoid(l) to l
+                // from v to l
 #pragma unroll
                 for (int i = 0; i < N; i++) grad[i] *= sigmoid(-l[i]);
             }

@@ -67,10 +67,11 @@ cdef struct Desk:
     uint8_t* open_groups
 
 
-cdef Router router_of(config, Array logits, Array topk_idx):
+cdef Router router_of(config, Array like, Array topk_idx):
+    """``like`` has the shape of the logits."""
     cdef Router out
-    out.num_tokens = logits.dims[0]
-    out.num_experts = logits.dims[1]
+    out.num_tokens = like.dims[0]
+    out.num_experts = like.dims[1]
     out.top_k = topk_idx.dims[1]
     out.num_groups = config.num_expert_groups or 0
     out.topk_groups = config.topk_groups or 0
@@ -120,22 +121,6 @@ cdef inline double softmax(int64_t n, const real* x, real* out) noexcept nogil:
     for i in range(n):
         out[i] /= total
     return top + log(<double>total)
-
-
-cdef inline void normalised_weights(
-    const Router* router, const real* logits, const int32_t* experts, double* weights
-) noexcept nogil:
-    """s / sum(s) over the selected: a softmax over their log-scores, which is never 0 / 0."""
-    cdef int64_t k
-    cdef double top, total = 0
-    for k in range(router.top_k):
-        weights[k] = log_sigmoid(logits[experts[k]]) if router.sigmoid else logits[experts[k]]
-    top = largest(router.top_k, weights)
-    for k in range(router.top_k):
-        weights[k] = exp(weights[k] - top)
-        total += weights[k]
-    for k in range(router.top_k):
-        weights[k] /= total
 
 
 # --- choice ---
@@ -203,6 +188,22 @@ cdef void choose(
 
 
 # --- forward ---
+
+cdef inline void normalised_weights(
+    const Router* router, const real* logits, const int32_t* experts, double* weights
+) noexcept nogil:
+    """s / sum(s) over the selected: a softmax over their log-scores, which is never 0 / 0."""
+    cdef int64_t k
+    cdef double top, total = 0
+    for k in range(router.top_k):
+        weights[k] = log_sigmoid(logits[experts[k]]) if router.sigmoid else logits[experts[k]]
+    top = largest(router.top_k, weights)
+    for k in range(router.top_k):
+        weights[k] = exp(weights[k] - top)
+        total += weights[k]
+    for k in range(router.top_k):
+        weights[k] /= total
+
 
 cdef struct Route:
     Router router
@@ -384,8 +385,9 @@ def router_losses(Space space, config, Array sums, Array tokens_per_expert, Arra
 
 cdef struct RouteBackward:
     Router router
-    const char* logits
+    const char* logits  # or NULL: softmax gating, normalised weights and no loss need none
     const int32_t* topk_idx
+    const char* topk_weights
     const int32_t* token_rows
     const char* dp_rows
     char* dlogits
@@ -395,20 +397,22 @@ cdef struct RouteBackward:
 
 
 cdef inline void add_selected(
-    const RouteBackward* job, const real* logits, const int32_t* experts, const int32_t* rows,
-    double* weights, real* d,
+    const RouteBackward* job, const real* logits, const int32_t* experts, const real* weights,
+    const int32_t* rows, real* d,
 ) noexcept nogil:
     """The gradient through the normalised weights of the selected experts."""
     cdef const Router* router = &job.router
     cdef const real* dp = <const real*>job.dp_rows
+    cdef real scale = <real>router.scale  # as the weights have it: a single one is all of it
     cdef double dot = 0, value
     cdef int64_t k
-    normalised_weights(router, logits, experts, weights)
+    if scale == 0:
+        return
     for k in range(router.top_k):
         if rows[k] >= 0:
-            dot += weights[k] * dp[rows[k]]
+            dot += <double>weights[k] / scale * dp[rows[k]]
     for k in range(router.top_k):
-        value = router.scale * weights[k] * ((dp[rows[k]] if rows[k] >= 0 else 0) - dot)
+        value = weights[k] * ((dp[rows[k]] if rows[k] >= 0 else 0) - dot)
         if router.sigmoid:  # the weights are a softmax of log-sigmoids, whose slope is 1 - s
             value *= exp(log_sigmoid(-<double>logits[experts[k]]))
         d[experts[k]] += <real>value
@@ -460,7 +464,7 @@ cdef void route_backward_block(
 ) noexcept nogil:
     cdef const Router* router = &job.router
     cdef int64_t E = router.num_experts, K = router.top_k, token, e
-    cdef const real* logits
+    cdef const real* logits = NULL
     cdef real* d
     cdef double lse
     for token in range(
@@ -468,12 +472,16 @@ cdef void route_backward_block(
         block_start(router.num_tokens, router.num_blocks, index + 1),
     ):
         d = <real*>job.dlogits + token * E
-        logits = <const real*>job.logits + token * E
+        if job.logits != NULL:
+            logits = <const real*>job.logits + token * E
         memset(d, 0, E * sizeof(real))
         if job.topk_idx[token * K] < 0:  # a token that valid_mask excludes
             continue
         if router.normalise:
-            add_selected(job, logits, job.topk_idx + token * K, job.token_rows + token * K, desk.weights, d)
+            add_selected(
+                job, logits, job.topk_idx + token * K, <const real*>job.topk_weights + token * K,
+                job.token_rows + token * K, d,
+            )
         if job.has_aux or not router.normalise:
             add_scores(
                 job, logits, job.topk_idx + token * K, job.token_rows + token * K,
@@ -504,14 +512,17 @@ def route_backward(
     Array token_rows, Array dp_rows, Array grad_losses, Array dlogits,
 ):
     cdef RouteBackward job
-    job.router = router_of(config, logits, topk_idx)
-    job.logits = logits.data
+    job.router = router_of(config, dlogits, topk_idx)
+    job.logits = NULL
+    if logits is not None:
+        job.logits = logits.data
     job.topk_idx = <const int32_t*>topk_idx.data
+    job.topk_weights = topk_weights.data
     job.token_rows = <const int32_t*>token_rows.data
     job.dp_rows = dp_rows.data
     job.dlogits = dlogits.data
     cdef int64_t E = job.router.num_experts, count = job.router.num_blocks, index, e, total_rows = 0
-    cdef bint double_precision = logits.dtype == FLOAT64
+    cdef bint double_precision = dlogits.dtype == FLOAT64
     cdef const int32_t* rows = <const int32_t*>tokens_per_expert.data
     cdef double daux = 0, tokens
     cdef Scratch dshares = scratch(E * sizeof(double))
@@ -520,7 +531,7 @@ def route_backward(
     for e in range(E):
         total_rows += rows[e]
     tokens = <double>max(total_rows // job.router.top_k, 1)
-    if grad_losses is not None:
+    if grad_losses is not None and logits is not None:
         daux = (<double*>grad_losses.data)[0] if double_precision else (<float*>grad_losses.data)[0]
         job.dz = (<double*>grad_losses.data)[1] if double_precision else (<float*>grad_losses.data)[1]
     daux *= job.router.aux_coeff

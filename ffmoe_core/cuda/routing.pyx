@@ -185,18 +185,19 @@ def route_backward(
     Space space, config, Array logits, Array topk_idx, Array topk_weights, Array tokens_per_expert,
     Array token_rows, Array dp_rows, Array grad_losses, Array dlogits,
 ):
-    cdef Router router = _router(config, logits.dims[0])
+    cdef Router router = _router(config, dlogits.dims[0])
     if router.num_tokens == 0:
         return
-    cdef char* d_losses = grad_losses.data if grad_losses is not None else NULL
+    cdef char* given_logits = logits.data if logits is not None else NULL
+    cdef char* d_losses = grad_losses.data if grad_losses is not None and logits is not None else NULL
     cdef int64_t num_rows = dp_rows.dims[0]
-    cdef Parameter[9] params = [
-        &router, &logits.data, &topk_idx.data, &tokens_per_expert.data, &token_rows.data, &dp_rows.data,
-        &num_rows, &d_losses, &dlogits.data,
+    cdef Parameter[10] params = [
+        &router, &given_logits, &topk_idx.data, &topk_weights.data, &tokens_per_expert.data, &token_rows.data,
+        &dp_rows.data, &num_rows, &d_losses, &dlogits.data,
     ]
     cdef int64_t blocks = (router.num_tokens + BACKWARD_WARPS - 1) // BACKWARD_WARPS
     blocks = min(blocks, <int64_t>BACKWARD_BLOCKS)
-    cdef tuple defines = _DEFINES[logits.dtype, _per_lane(logits.dtype, logits.dims[1])]
+    cdef tuple defines = _DEFINES[dlogits.dtype, _per_lane(dlogits.dtype, dlogits.dims[1])]
     kernel("routing.cu", "route_backward", defines, space.device_id, 0).launch(
         <unsigned int>blocks, 1, 1, 32 * BACKWARD_WARPS, 0, space.stream, params
     )

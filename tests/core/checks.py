@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from ffmoe_core import moe_backward, moe_forward, unpack_routing
+from ffmoe_core import moe_backward, moe_forward, route, unpack_routing
 from ffmoe_core.arrays import as_array
 from ffmoe_core.backend import backend_for
 from tests import reference
-from tests.support import assert_close, numbers, router_dtype
+from tests.support import assert_close, bits, numbers, router_dtype
 
 # Of the largest choice value: float32 rounding of a score plus its bias.
 NEAR_TIE = {"float32": 1e-6, "float64": 1e-14}
@@ -77,7 +77,7 @@ def run_layer(kind, config, layer, dtype, *, gate_dtype=None, options=(), **call
 def routing_parts(kind, config, result, dtype):
     """tokens_per_expert and the plan of a result, as the kind's arrays."""
     return unpack_routing(
-        result.routing, len(result.logits), config.top_k, config.num_experts, router_dtype(dtype)
+        result.routing, len(result.output), config.top_k, config.num_experts, router_dtype(dtype)
     )
 
 
@@ -100,7 +100,14 @@ def check_layer(kind, config, layer, dtype, *, gate_dtype=None, options=()):
     valid = chosen.get("valid_mask", np.ones(T, dtype=bool))
 
     # decisions: exact, given the layer's own logits and weights
-    logits = numbers(kind, result.logits)
+    routed = chosen.get("router_input", layer.x)
+    logits = route(
+        kind.array(routed, dtype), kind.array(layer.gate_weight, gate_dtype or dtype), config
+    ).logits
+    kept_logits = result.saved.logits
+    assert (kept_logits is not None) == config.keeps_logits
+    assert kept_logits is None or bits(kind, kept_logits) == bits(kind, logits)
+    logits = numbers(kind, logits)
     counts, plan = routing_parts(kind, config, result, dtype)
     counts, plan = numbers(kind, counts), type(plan)(*(numbers(kind, part) for part in plan))
     for t in range(T):

@@ -21,6 +21,7 @@ CONFIG = MoEConfig(
     aux_loss_coeff=0.01,
     z_loss_coeff=0.001,
 )
+NO_LOSSES = {"aux_loss_coeff": 0.0, "z_loss_coeff": 0.0}  # with which no logits are kept
 ALL_INPUTS = ("router_input", "expert_bias", "valid_mask")
 
 
@@ -30,14 +31,16 @@ def whole_layer(kind, config, dtype, num_tokens=203):
         kind, config, random_layer(config, num_tokens, dtype), dtype, options=ALL_INPUTS
     )
     counts, plan = routing_parts(kind, config, result, dtype)
-    return (*result._replace(routing=counts), *plan, *grads)
+    return (result.output, result.losses, *result.saved[:2], counts, *plan, *grads)
 
 
+@pytest.mark.parametrize("options", [{}, NO_LOSSES], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_runs_give_the_same_bits(kind, dtype):
-    first = whole_layer(kind, CONFIG, dtype)
+def test_two_runs_give_the_same_bits(kind, dtype, options):
+    config = replace(CONFIG, **options)
+    first = whole_layer(kind, config, dtype)
     for _ in range(3):
-        assert same_bits(kind, first, whole_layer(kind, CONFIG, dtype))
+        assert same_bits(kind, first, whole_layer(kind, config, dtype))
 
 
 @pytest.fixture
@@ -60,10 +63,11 @@ def test_any_number_of_threads_gives_the_same_bits(thread_count, activation, dty
     assert all(same_bits(NumpyKind(), results[0], other) for other in results[1:])
 
 
-def test_any_number_of_threads_gives_the_same_bits_in_a_large_call(thread_count):
+@pytest.mark.parametrize("aux_loss_coeff", [0.0, 0.01])
+def test_any_number_of_threads_gives_the_same_bits_in_a_large_call(thread_count, aux_loss_coeff):
     """Enough tokens that every stage splits its work."""
     config = MoEConfig(
-        d_model=16, ffn_dim=16, num_experts=16, top_k=4, aux_loss_coeff=0.01, z_loss_coeff=0.001
+        d_model=16, ffn_dim=16, num_experts=16, top_k=4, aux_loss_coeff=aux_loss_coeff, z_loss_coeff=0.0
     )
     results = []
     for threads in (1, 2, 3):
@@ -88,10 +92,10 @@ def dirty_memory(request, monkeypatch, kind):
     return dirty
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("options", [{}, NO_LOSSES, {"recompute_activations": True, **NO_LOSSES}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_memory_held_before_does_not_matter(kind, dirty_memory, dtype, recompute, monkeypatch):
-    config = replace(CONFIG, recompute_activations=recompute)
+def test_what_memory_held_before_does_not_matter(kind, dirty_memory, dtype, options, monkeypatch):
+    config = replace(CONFIG, **options)
     got = whole_layer(kind, config, dtype)
     assert dirty_memory.count > 10
     monkeypatch.undo()

@@ -41,6 +41,14 @@ OPTIONS = {
     "both bounds": {"capacity_factor": 1.25, "max_tokens_per_expert": 5, "drop_policy": "probs"},
     "large losses": {"aux_loss_coeff": 10.0, "z_loss_coeff": 10.0},
     "recompute": {"recompute_activations": True},
+    "scaled": {"routed_scaling_factor": 2.5},
+    "scaled, bounded": {"routed_scaling_factor": 0.3, "max_tokens_per_expert": 2},
+}
+LOSSES = {
+    "both losses": {},
+    "aux loss": {"z_loss_coeff": 0.0},
+    "z-loss": {"aux_loss_coeff": 0.0},
+    "no loss": {"aux_loss_coeff": 0.0, "z_loss_coeff": 0.0},
 }
 INPUTS = {
     "x alone": (),
@@ -52,16 +60,19 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("losses", LOSSES)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_each_option(kind, options, dtype):
-    config = replace(BASE, **OPTIONS[options])
+def test_each_option(kind, options, losses, dtype):
+    config = replace(BASE, **{**LOSSES[losses], **OPTIONS[options]})
     check_layer(kind, config, random_layer(config, 25, dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("losses", LOSSES)
 @pytest.mark.parametrize("inputs", INPUTS)
-def test_each_input(kind, inputs, dtype):
-    check_layer(kind, BASE, random_layer(BASE, 25, dtype), dtype, options=INPUTS[inputs])
+def test_each_input(kind, inputs, losses, dtype):
+    config = replace(BASE, **LOSSES[losses])
+    check_layer(kind, config, random_layer(config, 25, dtype), dtype, options=INPUTS[inputs])
 
 
 @st.composite
@@ -111,11 +122,12 @@ def test_widths(kind, hidden, width, num_tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("losses", LOSSES)
 @pytest.mark.parametrize("num_tokens", [0, 1])
-def test_few_tokens(kind, num_tokens, dtype):
-    check_layer(
-        kind, BASE, random_layer(BASE, num_tokens, dtype), dtype, options=("router_input", "expert_bias")
-    )
+def test_few_tokens(kind, num_tokens, losses, dtype):
+    config = replace(BASE, **LOSSES[losses])
+    layer = random_layer(config, num_tokens, dtype)
+    check_layer(kind, config, layer, dtype, options=("router_input", "expert_bias"))
 
 
 def test_one_expert(kind):
@@ -163,23 +175,54 @@ def test_recomputing_gives_the_same_bits(kind, options, dtype):
     kept, kept_grads = run_layer(kind, config, layer, dtype)
     config = replace(config, recompute_activations=True)
     lean, lean_grads = run_layer(kind, config, layer, dtype)
-    assert kept.z is not None
-    assert lean.z is None
+    assert kept.saved.z is not None
+    assert lean.saved.z is None
     assert bits(kind, kept.output) == bits(kind, lean.output)
     assert same_bits(kind, kept_grads, lean_grads)
 
 
-def test_nothing_is_kept_when_no_backward_follows(kind):
-    layer = random_layer(BASE, 9, "float32")
+@pytest.mark.parametrize("options", [{}, {**LOSSES["no loss"], "recompute_activations": True}], ids=str)
+def test_nothing_is_kept_when_no_backward_follows(kind, options):
+    config = replace(BASE, **options)
+    layer = random_layer(config, 9, "float32")
     inputs = [kind.array(getattr(layer, name), "float32") for name in ("x", "gate_weight", "w_up", "w_down")]
-    kept = moe_forward(*inputs, BASE)
-    bare = moe_forward(*inputs, BASE, save_for_backward=False)
-    assert bare.logits is None
-    assert bare.z is None
+    kept = moe_forward(*inputs, config)
+    bare = moe_forward(*inputs, config, save_for_backward=False)
+    assert kept.saved is not None
+    assert bare.saved is None
     for name in ("output", "losses"):
         assert bits(kind, getattr(bare, name)) == bits(kind, getattr(kept, name))
     with pytest.raises(UnsupportedError, match="save_for_backward=False"):
-        moe_backward(inputs[0], bare.saved, *inputs, BASE)
+        moe_backward(inputs[0], bare.saved, *inputs, config)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, False),
+        ({"routed_scaling_factor": 2.5, "capacity_factor": 0.5}, False),
+        ({"aux_loss_coeff": 0.01}, True),
+        ({"z_loss_coeff": 0.01}, True),
+        ({"gating": "sigmoid"}, True),
+        ({"norm_topk_prob": False}, True),
+    ],
+    ids=str,
+)
+def test_logits_are_kept_where_weights_do_not_say_enough(kind, options, kept):
+    config = replace(BASE, **{**LOSSES["no loss"], **options})
+    result, _ = run_layer(kind, config, random_layer(config, 9, "float32"), "float32")
+    assert config.keeps_logits == kept
+    assert (result.saved.logits is not None) == kept
+
+
+def test_a_loss_without_a_coefficient_has_no_gradient(kind):
+    """Whatever comes back to it."""
+    config = replace(BASE, **LOSSES["no loss"])
+    layer = random_layer(config, 9, "float32")
+    _, grads = run_layer(kind, config, layer, "float32")
+    layer.grad_losses[:] = np.nan
+    _, others = run_layer(kind, config, layer, "float32")
+    assert same_bits(kind, grads, others)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -226,8 +269,11 @@ def test_results_are_of_the_callers_kind(kind):
         gate_dtype="float32",
         options=("router_input",),
     )
-    assert all(kind.is_kind(part) for part in (*result, *grads))
-    dtypes = {name: str(part.dtype) for name, part in (result._asdict() | grads._asdict()).items()}
+    output, losses, routing, saved = result
+    assert saved.routing is routing
+    parts = {"output": output, "losses": losses, **saved._asdict(), **grads._asdict()}
+    assert all(kind.is_kind(part) for part in parts.values())
+    dtypes = {name: str(part.dtype) for name, part in parts.items()}
     assert dtypes == {
         "output": "bfloat16",
         "losses": "float32",
@@ -240,7 +286,6 @@ def test_results_are_of_the_callers_kind(kind):
         "w_up": "bfloat16",
         "w_down": "bfloat16",
     }
-    assert result.saved == (result.logits, result.z, result.routing)
 
 
 def test_inputs_are_left_alone(kind):

@@ -1,5 +1,7 @@
 """From tokens to experts: selection, weights, losses, and their gradients."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -206,6 +208,10 @@ def test_large_logits_neither_overflow_nor_vanish(kind, gating, shift):
     grad_losses = np.array([0.5, 2.0, 9.0])
     got, want = route_backward(kind, config, logits, outputs, grad_losses, rng)
     assert_close(got, want, "float32", "gradient of the logits")
+    if gating == "softmax":
+        config = replace(config, aux_loss_coeff=0.0, z_loss_coeff=0.0)
+        got, want = route_backward(kind, config, logits, outputs, None, rng, with_logits=False)
+        assert_close(got, want, "float32", "gradient of the logits by the weights alone")
 
 
 @pytest.mark.parametrize(("capacity", "drop_policy"), [(-1, "position"), (40, "position"), (40, "probs")])
@@ -281,8 +287,20 @@ def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts
         check(d_gate, d_logits.T @ x, gate_dtype, "d_gate_weight")
 
 
-def route_backward(kind, config, logits, outputs, grad_losses, rng, valid=None, kept=None, dtype="float32"):
-    """The gradient of the logits from the stage and from the reference."""
+def route_backward(
+    kind,
+    config,
+    logits,
+    outputs,
+    grad_losses,
+    rng,
+    valid=None,
+    kept=None,
+    dtype="float32",
+    *,
+    with_logits=True,
+):
+    """The gradient of the logits from the stage, which may have to do without them, and from the reference."""
     idx, weights, counts, _ = outputs
     T, K = idx.shape
     valid = np.ones(T, dtype=bool) if valid is None else valid
@@ -297,7 +315,7 @@ def route_backward(kind, config, logits, outputs, grad_losses, rng, valid=None, 
         kind,
         "route_backward",
         config,
-        kind.array(logits, dtype),
+        kind.array(logits, dtype) if with_logits else None,
         kind.array(idx, "int32"),
         kind.array(weights, dtype),
         kind.array(counts, "int32"),
@@ -325,20 +343,57 @@ def route_backward(kind, config, logits, outputs, grad_losses, rng, valid=None, 
     masked=st.booleans(),
     limit=st.sampled_from([None, 2]),
     with_losses=st.booleans(),
+    spare_logits=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_gradient_of_the_logits(kind, config, num_tokens, dtype, masked, limit, with_losses, seed):
+def test_gradient_of_the_logits(
+    kind, config, num_tokens, dtype, masked, limit, with_losses, spare_logits, seed
+):
     rng = np.random.default_rng(seed)
     logits = np.asarray(2 * rng.standard_normal((num_tokens, config.num_experts)), dtype=dtype).astype(float)
     valid = rng.random(num_tokens) < 0.7 if masked else np.ones(num_tokens, dtype=bool)
     outputs = [numbers(kind, part) for part in stage_route(kind, config, logits, dtype, valid_mask=valid)]
     kept = reference.keep(outputs[0], outputs[1], config.num_experts, limit)
     grad_losses = np.array([30.0, -200.0, 1e6]) if with_losses else None
-    got, want = route_backward(kind, config, logits, outputs, grad_losses, rng, valid, kept, dtype)
+    got, want = route_backward(
+        kind,
+        config,
+        logits,
+        outputs,
+        grad_losses,
+        rng,
+        valid,
+        kept,
+        dtype,
+        with_logits=config.keeps_logits or spare_logits,
+    )
     assert (got[~valid] == 0).all()
     # where one expert is all there is, gradients cancel to rounding noise of terms of size 1
     bound = 1e-12 if dtype == "float64" else 5e-6
     assert np.max(np.abs(got - want), initial=0) <= bound * max(np.max(np.abs(want), initial=0), 1)
+
+
+@pytest.mark.parametrize("with_logits", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k"), [(300, 128, 8), (4500, 20, 3), (70, 300, 40)]
+)
+@pytest.mark.parametrize("scale", [0.3, 0.0])
+def test_gradient_of_many_logits(kind, scale, num_tokens, num_experts, top_k, dtype, with_logits):
+    """More slots than lanes of a warp, more tokens than warps; pairs dropped, tokens left out."""
+    config = MoEConfig(
+        d_model=1, ffn_dim=2, num_experts=num_experts, top_k=top_k, routed_scaling_factor=scale
+    )
+    rng = np.random.default_rng(0)
+    logits = np.float32(2 * rng.standard_normal((num_tokens, num_experts))).astype(float)
+    valid = rng.random(num_tokens) < 0.9
+    outputs = [numbers(kind, part) for part in stage_route(kind, config, logits, dtype, valid_mask=valid)]
+    kept = (outputs[0] >= 0) & (rng.random(outputs[0].shape) < 0.9)
+    got, want = route_backward(
+        kind, config, logits, outputs, None, rng, valid, kept, dtype, with_logits=with_logits
+    )
+    assert want.any() == (scale != 0)
+    assert_close(got, want, dtype, "gradient of the logits")
 
 
 def test_no_valid_token_is_no_loss(kind):

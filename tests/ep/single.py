@@ -57,7 +57,7 @@ def single_process(layer, config, inputs, loss_scope, dtype):
         out.x.append(grads.x.astype(np.float64))
         out.router_input.append(None if grads.router_input is None else grads.router_input.astype(np.float64))
         counts, plan = unpack_routing(
-            result.routing, len(result.logits), config.top_k, config.num_experts, router_dtype(dtype)
+            result.routing, len(result.output), config.top_k, config.num_experts, router_dtype(dtype)
         )
         out.topk_idx.append(plan.topk_idx)
         out.kept.append(plan.token_rows >= 0)

@@ -44,6 +44,8 @@ GRADCHECK = {
     "geglu": {"activation": "geglu"},
     "relu_squared": {"activation": "relu_squared"},
     "recompute": {"recompute_activations": True},
+    "no loss": {"aux_loss_coeff": 0.0, "z_loss_coeff": 0.0},
+    "no loss, scaled": {"aux_loss_coeff": 0.0, "z_loss_coeff": 0.0, "routed_scaling_factor": 1.5},
 }
 
 
@@ -68,7 +70,7 @@ def test_gradcheck(device, options, inputs):
     assert torch.autograd.gradcheck(call, (x, router_input, gate, up, down), check_undefined_grad=True)
 
 
-def operator_arguments(device, dtype, *, every_input, keep, requires_grad):
+def operator_arguments(device, dtype, *, every_input, keep, requires_grad, loss_coeff=0.1):
     """Arguments of ``ffmoe::moe``."""
     tensors = {
         "x": torch.randn(6, 8, dtype=dtype),
@@ -83,31 +85,50 @@ def operator_arguments(device, dtype, *, every_input, keep, requires_grad):
     for t in moved[:5]:
         if t is not None:
             t.requires_grad_(requires_grad)
-    options = (2, "swiglu", "softmax", True, 1.0, None, None, 1.0, None, True, "position", 0.1, 0.1)
+    options = (
+        2,
+        "swiglu",
+        "softmax",
+        True,
+        1.0,
+        None,
+        None,
+        1.0,
+        None,
+        True,
+        "position",
+        loss_coeff,
+        loss_coeff,
+    )
     return *moved, *options, keep
 
 
 @pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("loss_coeff", [0.0, 0.1])
 @pytest.mark.parametrize("every_input", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_opcheck(device, poisoned, dtype, every_input, keep):
+def test_opcheck(device, poisoned, dtype, every_input, loss_coeff, keep):
     # poisoned: the bytes between the routing block's fields belong to nobody, and opcheck compares them
-    arguments = operator_arguments(device, dtype, every_input=every_input, keep=keep, requires_grad=True)
+    arguments = operator_arguments(
+        device, dtype, every_input=every_input, keep=keep, requires_grad=True, loss_coeff=loss_coeff
+    )
     torch.library.opcheck(torch.ops.ffmoe.moe.default, arguments)
 
 
 @pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("loss_coeff", [0.0, 0.1])
 @pytest.mark.parametrize("every_input", [True, False])
-def test_opcheck_of_the_backward_operator(device, poisoned, every_input, keep):
+def test_opcheck_of_the_backward_operator(device, poisoned, every_input, loss_coeff, keep):
     arguments = operator_arguments(
-        device, torch.float32, every_input=every_input, keep=keep, requires_grad=False
+        device, torch.float32, every_input=every_input, keep=keep, requires_grad=False, loss_coeff=loss_coeff
     )
     output, losses, logits, z, routing = torch.ops.ffmoe.moe.default(*arguments)
+    assert logits.shape == ((6, 4) if loss_coeff else (0,))
     arguments = (
         torch.randn_like(output),
         torch.randn_like(losses) if every_input else None,
         *arguments[:5],
-        logits,
+        logits if loss_coeff else None,
         z if keep else None,
         routing,
         *arguments[7:-1],
@@ -277,10 +298,11 @@ def test_autocast_leaves_float64_alone(device):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("losses", [LOSSES, {}], ids=["losses", "no loss"])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_checkpoint_gives_the_same_bits(device, use_reentrant, recompute):
+def test_checkpoint_gives_the_same_bits(device, use_reentrant, recompute, losses):
     """With jitter too: the second forward draws the same noise and routes the same way."""
-    layer = make_layer(device, jitter=0.3, num_shared_experts=1, recompute_activations=recompute, **LOSSES)
+    layer = make_layer(device, jitter=0.3, num_shared_experts=1, recompute_activations=recompute, **losses)
     x = random_tokens(21, device=device)
     routes = []
 
@@ -292,7 +314,7 @@ def test_checkpoint_gives_the_same_bits(device, use_reentrant, recompute):
         def remember(self, x):
             output, losses = self.layer(x)
             routes.append(self.layer.stats().tokens_per_expert.clone())
-            return output, losses["aux_loss"], losses["z_loss"]
+            return output, *losses.values()
 
         def forward(self, x):
             output, *losses = checkpoint(self.remember, x, use_reentrant=use_reentrant)
