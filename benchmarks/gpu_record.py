@@ -154,18 +154,22 @@ def main() -> int:
         if unknown:
             parser.error(f"unknown step {', '.join(unknown)}; known: {', '.join(steps)}")
         chosen = arguments.steps or list(steps)
-        done = previous(path, head) if arguments.steps else {}
+        passed = True
         for number, name in enumerate(chosen, 1):
             print(f"[{number}/{len(chosen)}] {name} ...", end=" ", flush=True)
-            result = done[name] = run(steps[name], Path(scratch) / f"{name}.log")
+            result = run(steps[name], Path(scratch) / f"{name}.log")
+            passed = passed and result["ok"]
             print(
                 f"{'ok' if result['ok'] else 'FAILED'} in {result['seconds']} s  {brief(result)}", flush=True
             )
             if not result["ok"]:
                 print("\n".join(f"    {line}" for line in result["log_tail"]), flush=True)
+            # read again, as other steps may have been run beside this one
+            done = previous(path, head) if arguments.steps or number > 1 else {}
+            done[name] = result
             write(path, {**head, "steps": {key: done[key] for key in steps if key in done}})
     print(f"recorded in {path}")
-    return 0 if all(done[name]["ok"] for name in chosen) else 1
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
