@@ -161,9 +161,9 @@ class ExpertParallel:
     ) -> tuple[Any, Any, Callable[..., tuple[Any, Any]]]:
         """``(d_received [N, H], d_weights [N, S], weight_gradients)``.
 
-        ``weight_gradients(w_up_grad=None, w_down_grad=None)`` computes ``(dw_up, dw_down)``: left to the caller,
-        so that it can be done while d_received is on its way. What it is given is added to, and None comes in its
-        place, as in ``moe_backward``.
+        ``weight_gradients(w_up_grad=None, w_down_grad=None, scale=1.0)`` computes ``(dw_up, dw_down)``, times
+        ``scale``: left to the caller, so that it can be done while d_received is on its way. Arrays that it is
+        given are added to, and None comes in their place, as in ``moe_backward``.
         """
 
     def dispatch_backward(

@@ -564,7 +564,7 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
         space, dp, slot_rows.at(0, (N * S, 1), INT32), None, d_slots.at(0, (N * S, 1), W)
     )
 
-    def weight_gradients(w_up_grad=None, w_down_grad=None):
+    def weight_gradients(w_up_grad=None, w_down_grad=None, scale=1.0):
         cdef Array dw_up = sums_of(w_up_grad, "w_up_grad", "[experts of this rank, ffn_dim, d_model]", up)
         cdef Array dw_down = sums_of(
             w_down_grad, "w_down_grad", "[experts of this rank, d_model, ffn_dim // 2]", down
@@ -572,11 +572,13 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
         if w_down_grad is None:
             dw_down = space.empty((L, H, I), tokens.dtype)
         backend.grouped_gemm_wgrad(
-            space, d_out, pa, offsets, row_token, None, dw_down, w_down_grad is not None
+            space, d_out, pa, offsets, row_token, None, dw_down, w_down_grad is not None, scale
         )
         if w_up_grad is None:
             dw_up = space.empty((L, 2 * I, H), tokens.dtype)
-        backend.grouped_gemm_wgrad(space, dz, tokens, offsets, None, row_token, dw_up, w_up_grad is not None)
+        backend.grouped_gemm_wgrad(
+            space, dz, tokens, offsets, None, row_token, dw_up, w_up_grad is not None, scale
+        )
         return (
             space.export(dw_up) if w_up_grad is None else None,
             space.export(dw_down) if w_down_grad is None else None,

@@ -149,20 +149,6 @@ class _Call:
         assert dispatched is not None
         return dispatched
 
-    def scaled(self, weight_gradients: Callable[..., WeightGradients]) -> WeightGradients:
-        """The experts' weight gradients; None for those that were added to ``weight_sums``."""
-        if self.weight_scale == 1:
-            return weight_gradients(**self.weight_sums)
-        # the runtime adds gradients as they are: to zeros, from where they go on scaled
-        fresh = {name: torch.zeros_like(total) for name, total in self.weight_sums.items()}
-        gradients = weight_gradients(**fresh)
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(self.weight_scale)
-        for name, total in self.weight_sums.items():
-            total.add_(fresh[name], alpha=self.weight_scale)
-        return gradients
-
 
 def _save(ctx: Any, dispatched: Dispatched, *tensors: Tensor | None) -> None:
     ctx.sizes = dispatched.sizes
@@ -204,7 +190,7 @@ class _Dispatch(torch.autograd.Function):
         weight_gradients, call.weight_gradients = call.weight_gradients, None
         meanwhile = None
         if weight_gradients is not None and any(ctx.needs_input_grad[4:6]):
-            meanwhile = partial(call.scaled, weight_gradients)
+            meanwhile = partial(weight_gradients, **call.weight_sums, scale=call.weight_scale)
         d_received, d_weights, d_losses = (grad.contiguous() for grad in grads)
         dx, d_router, d_gate, weights = call.expert_parallel.dispatch_backward(
             d_received,

@@ -243,10 +243,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped
 
 #elif defined(WGRAD)
 
-// out[e][m, n] (+)= sum over the rows r of e of a[a_index[r], m] b[b_index[r], n]
+// out[e][m, n] (+)= scale * sum over the rows r of e of a[a_index[r], m] b[b_index[r], n]
 extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped_gemm_wgrad(
     const TypeA* a, const TypeB* b, const int* offsets, const int* a_index, const int* b_index, TypeOut* out,
-    int a_columns, int b_columns, int row_tiles, int column_tiles, int vectors
+    int a_columns, int b_columns, int row_tiles, int column_tiles, double scale, int vectors
 ) {
     const Place place = place_in_panels(blockIdx.x, row_tiles, column_tiles);
     const int first_row = place.row * TILE, first_column = place.column * TILE;
@@ -261,6 +261,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped
     };
     Accumulators acc = {};
     multiply_tile(acc, left, right, 0, depth);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) acc[i][j] *= A(scale);
     store_tile(
         acc, a_columns - first_row, b_columns - first_column,
         out + (int64(group) * a_columns + first_row) * b_columns + first_column, b_columns, vectors, ACCUMULATE

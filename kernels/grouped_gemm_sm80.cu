@@ -319,10 +319,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm(
 
 #elif defined(WGRAD)
 
-// out[e][m, n] (+)= sum over the rows r of e of a[a_index[r], m] b[b_index[r], n]
+// out[e][m, n] (+)= scale * sum over the rows r of e of a[a_index[r], m] b[b_index[r], n]
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm_wgrad(
     const X* a, const X* b, const int* offsets, const int* a_index, const int* b_index,
-    type_of<OUT_TYPE>* out, int a_columns, int b_columns, int row_tiles, int column_tiles
+    type_of<OUT_TYPE>* out, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale
 ) {
     const Place place = place_in_panels(blockIdx.x, row_tiles, column_tiles);
     const int first_row = place.row * TILE_ROWS, first_column = place.column * TILE_COLUMNS;
@@ -337,6 +337,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm_wgrad
     );
     Accumulators acc = {};
     multiply_tile(acc, left, right, depth);
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[m][n][i] *= float(scale);
     type_of<OUT_TYPE>* to = out + (int64(group) * a_columns + first_row) * b_columns + first_column;
 #if ACCUMULATE
     add_tile(acc, a_columns - first_row, b_columns - first_column, to, b_columns);

@@ -416,6 +416,15 @@ __device__ __forceinline__ void update_tile(const Sums& sums, int rows, int colu
         }
 }
 
+__device__ __forceinline__ void scale_all(Sums& sums, float scale) {
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+        for (int n = 0; n < TILE_COLUMNS / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[m][n][i] *= scale;
+}
+
 // Zeros in this warpgroup's part of a tile that has no product.
 template <class Out>
 __device__ __forceinline__ void clear_tile(Out* out, int rows, int columns, int64 pitch) {
@@ -816,12 +825,12 @@ __device__ __forceinline__ uint32 finish_gradient(
     }
 }
 
-// out[e][m, n] (+)= sum over the rows r of e of a[r, m] b[r, n]; with GATHER the block's own operand, b if
+// out[e][m, n] (+)= scale * sum over the rows r of e of a[r, m] b[r, n]; with GATHER the block's own operand, b if
 // SHARE_A and else a, has row index[r] instead
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm_wgrad(
     const X* a, const __grid_constant__ TensorMap a_map, const X* b, const __grid_constant__ TensorMap b_map,
     const __grid_constant__ TensorMap out_map, const int* offsets, const int* index, type_of<OUT_TYPE>* out,
-    int num_groups, int a_columns, int b_columns, int row_tiles, int column_tiles
+    int num_groups, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale
 ) {
     const auto find = [&](int at) -> Part {
         const int group = at / (row_tiles * column_tiles), begin = offsets[group];
@@ -894,6 +903,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
             } else {
                 Sums sums;
                 const Ring last = multiply_tile<true, true>(sums, ring, steps, held);
+                scale_all(sums, float(scale));
                 held = finish_gradient<ACCUMULATE>(sums, last, tile, rows, columns, to, b_columns, out_map);
             }
         }

@@ -20,23 +20,22 @@ cdef int leave_single_threaded() except -1
 
 cdef inline void _call(
     bint transpose_a, bint transpose_b, int m, int n, int k,
-    real* a, int lda, real* b, int ldb, real beta, real* c, int ldc,
+    real alpha, real* a, int lda, real* b, int ldb, real beta, real* c, int ldc,
 ) noexcept nogil:
     # BLAS is column-major: there a row-major C = A B reads C^T = B^T A^T
     cdef char* ta = "T" if transpose_a else "N"
     cdef char* tb = "T" if transpose_b else "N"
-    cdef real one = 1
     if real is float:
-        sgemm(tb, ta, &n, &m, &k, &one, b, &ldb, a, &lda, &beta, c, &ldc)
+        sgemm(tb, ta, &n, &m, &k, &alpha, b, &ldb, a, &lda, &beta, c, &ldc)
     else:
-        dgemm(tb, ta, &n, &m, &k, &one, b, &ldb, a, &lda, &beta, c, &ldc)
+        dgemm(tb, ta, &n, &m, &k, &alpha, b, &ldb, a, &lda, &beta, c, &ldc)
 
 
 cdef inline void gemm(
     bint transpose_a, bint transpose_b, int m, int n, int k,
-    real* a, int lda, real* b, int ldb, real beta, real* c, int ldc,
+    real alpha, real* a, int lda, real* b, int ldb, real beta, real* c, int ldc,
 ) noexcept nogil:
-    """C[m, n] = op(A)[m, k] op(B)[k, n] + beta C, all row-major with leading dimensions lda, ldb, ldc.
+    """C[m, n] = alpha op(A)[m, k] op(B)[k, n] + beta C, all row-major with leading dimensions lda, ldb, ldc.
 
     Small products are cut where the pieces of B, or else of C, are whole rows.
     """
@@ -46,17 +45,17 @@ cdef inline void gemm(
         while start < m:
             _call(
                 transpose_a, transpose_b, min(step, m - start), n, k,
-                a + (start if transpose_a else <int64_t>start * lda), lda, b, ldb,
+                alpha, a + (start if transpose_a else <int64_t>start * lda), lda, b, ldb,
                 beta, c + <int64_t>start * ldc, ldc,
             )
             start += step
     elif m > SMALL_DIM:
-        _call(transpose_a, transpose_b, m, n, k, a, lda, b, ldb, beta, c, ldc)
+        _call(transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
     elif transpose_b:
         step = max(16, SMALL_PRODUCT // (<int64_t>m * k))
         while start < n:
             _call(
-                transpose_a, True, m, min(step, n - start), k, a, lda, b + <int64_t>start * ldb, ldb,
+                transpose_a, True, m, min(step, n - start), k, alpha, a, lda, b + <int64_t>start * ldb, ldb,
                 beta, c + start, ldc,
             )
             start += step
@@ -65,7 +64,7 @@ cdef inline void gemm(
         while start < k:
             _call(
                 transpose_a, False, m, n, min(step, k - start),
-                a + (<int64_t>start * lda if transpose_a else start), lda, b + <int64_t>start * ldb, ldb,
+                alpha, a + (<int64_t>start * lda if transpose_a else start), lda, b + <int64_t>start * ldb, ldb,
                 beta if start == 0 else 1, c, ldc,
             )
             start += step

@@ -51,11 +51,11 @@ def grouped_gemm(
 
 def grouped_gemm_wgrad(
     Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out,
-    bint accumulate,
+    bint accumulate, double scale=1.0,
 ):
     cdef const int32_t* offsets = <const int32_t*>expert_offsets.data
     rows_wgrad(
-        a, index_of(a_index), b, index_of(b_index), offsets, expert_offsets.dims[0] - 1, out, accumulate
+        a, index_of(a_index), b, index_of(b_index), offsets, expert_offsets.dims[0] - 1, out, accumulate, scale
     )
 
 

@@ -128,7 +128,7 @@ cdef inline void tile_product(
             block(b, start, <int>(stop - start), column, columns, &worker.b, &b_block, &ldb)
         gemm(
             False, transpose_b or turn, tile.rows, columns, <int>(stop - start),
-            a_block, lda, b_block, ldb, beta, c, ldc,
+            1, a_block, lda, b_block, ldb, beta, c, ldc,
         )
         beta = 1
 
@@ -164,5 +164,5 @@ cdef int rows_product(
 
 cdef int rows_wgrad(
     Array a, const int32_t* a_index, Array b, const int32_t* b_index, const int32_t* offsets,
-    int64_t num_groups, Array out, bint accumulate,
+    int64_t num_groups, Array out, bint accumulate, double scale,
 ) except -1

@@ -147,7 +147,7 @@ cdef int rows_product(
     return 0
 
 
-# --- out[g] (+)= sum over the rows r of g of a[r]^T b[r] ---
+# --- out[g] (+)= scale * sum over the rows r of g of a[r]^T b[r] ---
 
 cdef struct Wgrad:
     Operand a
@@ -158,6 +158,7 @@ cdef struct Wgrad:
     int64_t high_cuts
     int64_t wide_cuts
     bint accumulate
+    double scale
 
 
 cdef void wgrad_unit(const Wgrad* job, int64_t unit, Worker* worker, real* c) noexcept nogil:
@@ -195,7 +196,9 @@ cdef void wgrad_unit(const Wgrad* job, int64_t unit, Worker* worker, real* c) no
             break
         block(&job.a, first, <int>(last - first), row, rows, &worker.a, &a_block, &lda)
         block(&job.b, first, <int>(last - first), column, columns, &worker.b, &b_block, &ldb)
-        gemm(True, False, rows, columns, <int>(last - first), a_block, lda, b_block, ldb, beta, c, ldc)
+        gemm(
+            True, False, rows, columns, <int>(last - first), <real>job.scale, a_block, lda, b_block, ldb, beta, c, ldc
+        )
         beta = 1
     if out.direct:
         return
@@ -212,9 +215,9 @@ cdef void wgrad_unit(const Wgrad* job, int64_t unit, Worker* worker, real* c) no
 
 cdef int rows_wgrad(
     Array a, const int32_t* a_index, Array b, const int32_t* b_index, const int32_t* offsets,
-    int64_t num_groups, Array out, bint accumulate,
+    int64_t num_groups, Array out, bint accumulate, double scale,
 ) except -1:
-    """out[g] (+)= sum of a[r]^T b[r] over the rows r of group g; out is [num_groups, a's width, b's width].
+    """out[g] (+)= scale * sum of a[r]^T b[r] over the rows r of group g; out is [num_groups, a's width, b's width].
 
     out has the dtype of a and b or that of their products.
     """
@@ -226,6 +229,7 @@ cdef int rows_wgrad(
     job.out = operand(out, NULL, b.dims[1], double_precision)
     job.offsets = offsets
     job.accumulate = accumulate
+    job.scale = scale
     cdef int64_t high = min(job.height, <int64_t>WGRAD_SIDE), wide = min(job.out.width, <int64_t>WGRAD_SIDE)
     while (
         num_groups * blocks(job.height, high) * blocks(job.out.width, wide) < ENOUGH_UNITS

@@ -38,7 +38,7 @@ def gate_backward(
 ):
     cdef int32_t[2] offsets = [0, <int32_t>x.dims[0]]
     rows_product(dlogits, NULL, gate_weight, offsets, 1, False, dx, accumulate)
-    rows_wgrad(dlogits, NULL, x, NULL, offsets, 1, dgate_weight, False)
+    rows_wgrad(dlogits, NULL, x, NULL, offsets, 1, dgate_weight, False, 1)
 
 
 # --- what both directions share ---

@@ -166,7 +166,7 @@ def grouped_gemm(
 
 def grouped_gemm_wgrad(
     Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out,
-    bint accumulate,
+    bint accumulate, double scale=1.0,
 ):
     cdef int a_columns = <int>out.dims[1], b_columns = <int>out.dims[2], row_tiles, column_tiles, vectors
     cdef int64_t num_groups = out.dims[0]
@@ -177,7 +177,7 @@ def grouped_gemm_wgrad(
     if (left == 0 or right == 0) and sm90.serves(
         a.dtype, addresses, a_columns | b_columns, num_groups, space.device_id
     ):
-        sm90.grouped_gemm_wgrad(space, a, b, expert_offsets, a_index, b_index, out, accumulate)
+        sm90.grouped_gemm_wgrad(space, a, b, expert_offsets, a_index, b_index, out, accumulate, scale)
         return
     row_tiles = <int>divided_up(a_columns, TILE_ROWS)
     path = choose(
@@ -186,9 +186,9 @@ def grouped_gemm_wgrad(
     )
     column_tiles = <int>divided_up(b_columns, TILE_COLUMNS[path])
     vectors = in_vectors(addresses, a_columns, b_columns)
-    cdef Parameter[11] params = [
+    cdef Parameter[12] params = [
         &a.data, &b.data, &expert_offsets.data, &left, &right, &out.data,
-        &a_columns, &b_columns, &row_tiles, &column_tiles, &vectors,
+        &a_columns, &b_columns, &row_tiles, &column_tiles, &scale, &vectors,
     ]
     launch(
         space, path, "grouped_gemm_wgrad", _wgrad[path, a.dtype, out.dtype, accumulate],

@@ -10,7 +10,8 @@ cdef int grouped_gemm(
     Space space, Array a, Array b, Array expert_offsets, Array row_index, bint transpose_b, Array out
 ) except -1
 cdef int grouped_gemm_wgrad(
-    Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out, bint accumulate
+    Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out,
+    bint accumulate, double scale,
 ) except -1
 cdef int grouped_glu(
     Space space, Array x, Array w_up, Array expert_offsets, Array row_index, int act, Array z, Array a

@@ -139,7 +139,7 @@ cdef int grouped_gemm(
 
 cdef int grouped_gemm_wgrad(
     Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out,
-    bint accumulate,
+    bint accumulate, double scale,
 ) except -1:
     cdef int num_groups = <int>out.dims[0], a_columns = <int>out.dims[1], b_columns = <int>out.dims[2]
     cdef bint share_a = b_index is not None, gather = share_a or a_index is not None
@@ -151,9 +151,9 @@ cdef int grouped_gemm_wgrad(
     out_map.at = a_map.at  # float32 and sums are not stored by the copy engine
     if out.dtype == a.dtype and not accumulate:
         map_matrices(&out_map, out, num_groups, a_columns, b_columns, STORED)
-    cdef Parameter[13] params = [
+    cdef Parameter[14] params = [
         &a.data, a_map.at, &b.data, b_map.at, out_map.at, &expert_offsets.data, &index, &out.data,
-        &num_groups, &a_columns, &b_columns, &row_tiles, &column_tiles,
+        &num_groups, &a_columns, &b_columns, &row_tiles, &column_tiles, &scale,
     ]
     return launch(
         space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params, 0

@@ -252,6 +252,22 @@ def test_wgrad_into_sums(kind, left, right, dtype):
     assert np.array_equal(numbers(kind, out), 2 * once)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("left", "right"), [(96, 80), (77, 45), (600, 530)])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_wgrad_scaled(kind, accumulate, left, right, dtype):
+    """Scaled before it is rounded; what it is added to is not scaled."""
+    rng = np.random.default_rng(5)
+    offsets, rows, sums = np.array([0, 130, 130, 200]), 210, router_dtype(dtype)
+    a, b = (rounded(rng.standard_normal((rows, n)), dtype) for n in (left, right))
+    before = rounded(rng.standard_normal((3, left, right)), sums)
+    out = kind.array(before, sums if accumulate else dtype)
+    arrays = [kind.array(a, dtype), kind.array(b, dtype), kind.array(offsets, "int32")]
+    call_stage(kind, "grouped_gemm_wgrad", *arrays, None, None, out, accumulate, 1 / 3)
+    want = reference.grouped_gemm_wgrad(a, b, offsets) / 3 + (before if accumulate else 0)
+    assert_close(numbers(kind, out), want, sums if accumulate else dtype, "scaled gradient")
+
+
 # Groups around every size of a tile, some empty, and in all more tiles than a GPU has multiprocessors; 77 rows
 # are nobody's.
 MANY_TILES = np.cumsum(
