@@ -29,7 +29,7 @@ from .functional import (
     routed_experts,
 )
 from .sharded import ShardedExperts
-from .shared_expert import SharedExpert, start_beside
+from .shared_expert import SharedExpert, beside
 from .stats import MoEStats, tokens_per_expert
 
 AUX_MODES = ("return", "inject")
@@ -226,7 +226,7 @@ class MoELayer(nn.Module):
         """
         tokens = as_tokens(x, "x", self.d_model)
         mask = None if valid_mask is None else as_token_mask(valid_mask, x)
-        shared = None if self.shared_expert is None else start_beside(self.shared_expert, tokens)
+        start_shared = None if self.shared_expert is None else beside(self.shared_expert, tokens)
         router_input = None
         if self.jitter and self.training:
             noise = torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
@@ -239,6 +239,7 @@ class MoELayer(nn.Module):
             _main_grads(w_up=w_up, w_down=w_down) if self.main_grad and torch.is_grad_enabled() else {}
         )
         if self._sharded is None:
+            shared = None if start_shared is None else start_shared()
             routed = self._through_latent(tokens)
             if router_input is None and routed is not tokens:
                 router_input = tokens
@@ -257,7 +258,7 @@ class MoELayer(nn.Module):
             )
             output, balance = self._through_latent(output), routing
         else:
-            output, losses, routing, balance = self._sharded(
+            output, losses, routing, balance, shared = self._sharded(
                 tokens,
                 router_input,
                 gate_weight,
@@ -268,6 +269,7 @@ class MoELayer(nn.Module):
                 self.proj_down,
                 self.proj_up,
                 weight_sums,
+                start_shared,
             )
         statistics = losses.detach() if losses.requires_grad else losses
         if torch.compiler.is_compiling():

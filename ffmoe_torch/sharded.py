@@ -30,6 +30,7 @@ class ShardedOutput(NamedTuple):
     losses: Tensor  # [3]
     routing: Tensor  # uint8 [n], of this rank's tokens
     balance: Tensor  # uint8 [n], whose end is that of ``routing``, over the tokens that the losses are of
+    started: Any  # what start_beside() returned
 
 
 class ShardedExperts:
@@ -64,10 +65,12 @@ class ShardedExperts:
         proj_down: nn.Module | None,
         proj_up: nn.Module | None,
         weight_sums: Mapping[str, Tensor],
+        start_beside: Callable[[], Any] | None,
     ) -> ShardedOutput:
         """The routed experts' output for tokens [T, H]. With projections, what crosses is as narrow as they are.
 
-        ``weight_sums`` as for ``routed_experts``.
+        ``weight_sums`` as for ``routed_experts``. ``start_beside()`` launches what can run while tokens cross: in
+        forward after the dispatch has started, and so in backward after the gradients' way to the experts has.
         """
         wire = tokens
         if proj_down is not None:
@@ -80,6 +83,7 @@ class ShardedExperts:
         received, weights, losses = _Dispatch.apply(
             call, wire, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask
         )
+        started = None if start_beside is None else start_beside()
         if proj_up is not None:
             (received,) = _autocast(proj_up(received))
         rows = _Experts.apply(call, received, weights, w_up.detach(), w_down.detach(), received.requires_grad)
@@ -90,7 +94,7 @@ class ShardedExperts:
         if proj_up is not None:
             output = proj_up(output)
         balance = dispatched.routing if dispatched.balance is None else dispatched.balance.view(torch.uint8)
-        return ShardedOutput(output, losses, dispatched.routing, balance)
+        return ShardedOutput(output, losses, dispatched.routing, balance, started)
 
     def gather(self, **weights: Tensor) -> dict[str, Tensor]:
         """Every rank's experts of each [experts, ...] tensor, on the CPU; one expert crosses at a time."""

@@ -51,27 +51,34 @@ class SharedExpert(nn.Module):
         return f"d_model={d_model}, intermediate={intermediate}, activation={self.activation!r}"
 
 
-def start_beside(expert: SharedExpert, x: Tensor) -> Callable[[], Tensor]:
-    """Start ``expert(x)`` so that it can run beside what follows; call the result to have the output.
+def beside(expert: SharedExpert, x: Tensor) -> Callable[[], Callable[[], Tensor]]:
+    """``start = beside(expert, x)``, ``join = start()``, ``output = join()``.
 
-    On a GPU it runs on a side stream. On a CPU, and in a compiled graph, which orders its work itself, it is
-    computed when the result is called.
+    On a GPU the expert runs on a side stream, beside all that comes between the last two calls. It waits for what
+    was launched before the first one, where x is there, and not for what was launched before the second: an
+    exchange, for example. On a CPU, and in a compiled graph, which orders its work itself, it is computed by the
+    last.
     """
     if not x.is_cuda or torch.compiler.is_compiling():
-        return lambda: expert(x)
+        return lambda: lambda: expert(x)
     current, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
-    side.wait_stream(current)
-    # Backward reads x on the side stream and may be the last to do so.
-    x.record_stream(side)
-    with torch.cuda.stream(side):
-        output = expert(x)
+    ready = current.record_event()
 
-    def join() -> Tensor:
-        current.wait_stream(side)
-        output.record_stream(current)
-        return output
+    def start() -> Callable[[], Tensor]:
+        side.wait_event(ready)
+        # Backward reads x on the side stream and may be the last to do so.
+        x.record_stream(side)
+        with torch.cuda.stream(side):
+            output = expert(x)
 
-    return join
+        def join() -> Tensor:
+            current.wait_stream(side)
+            output.record_stream(current)
+            return output
+
+        return join
+
+    return start
 
 
 @cache
