@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ffmoe_core import MoEConfig
+from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import LocalCommunicator, Step, all_reduced
 from ffmoe_core.comm.mpi import MpiCommunicator
 from ffmoe_core.errors import CapacityError, CommError, ConfigError
@@ -365,3 +366,28 @@ def primitives(comm):
         assert kind.host(total).tolist() == (np.arange(5) * sum(range(1, comm.size + 1))).tolist()
     assert comm.gather(f"é{comm.rank}" * comm.rank, Step("texts")) == [f"é{r}" * r for r in range(comm.size)]
     comm.barrier(Step("barrier"))
+
+
+@case("communicator: several exchanges under way")
+def under_way(comm):
+    """Started one after the other, waited for in another order; ranks send what they have, or nothing."""
+    kind, ranks, me = kind_of(comm), range(comm.size), comm.rank
+    to_ranks = [(me + rank) % 3 for rank in ranks]
+    from_ranks = [(rank + me) % 3 for rank in ranks]
+    rows = kind.array(100 * me + np.repeat(ranks, to_ranks)[:, None] + np.zeros(5), np.float32)
+    came = kind.array(np.full((sum(from_ranks), 5), -1), np.float32)
+    sums, numbers = (kind.array(np.full(shape, -1), np.int32) for shape in (3, (comm.size, 1)))
+    (send, space), (recv, _) = as_array(rows), as_array(came)
+    (to_sum, _), (total, _) = as_array(kind.array([me, 1, 7], np.int32)), as_array(sums)
+    (mine, _), (theirs, _) = as_array(kind.array(np.full((comm.size, 1), me), np.int32)), as_array(numbers)
+    transfers = [
+        comm.all_to_all_v(space, [(send, recv)], to_ranks, from_ranks, Step("rows")),
+        comm.all_reduce(space, [(to_sum, total)], Step("sum")),
+        comm.all_to_all(space, mine, theirs, Step("numbers")),
+    ]
+    for transfer in reversed(transfers):
+        transfer.wait()
+    assert comm.read(space, theirs, Step("numbers"))[:, 0].tolist() == list(ranks)
+    assert kind.host(sums).tolist() == [sum(ranks), comm.size, 7 * comm.size]
+    wanted = 100 * np.repeat(ranks, from_ranks) + me
+    assert (kind.host(came) == wanted[:, None]).all()
