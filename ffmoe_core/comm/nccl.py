@@ -12,8 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -55,10 +56,11 @@ Cuts = list[
 ]  # sent, its bytes by rank, received, its bytes by rank
 
 
-class _Underway(NamedTuple):
+@dataclass
+class _Underway:
     number: int
     ready: Any  # event: the caller's stream has come to it
-    ended: Any  # event
+    ended: Any = None  # event; until it is launched, None
 
 
 class NcclCommunicator(WatchedCommunicator):
@@ -188,8 +190,11 @@ class NcclCommunicator(WatchedCommunicator):
                     )
         number = self._watch.begin(step)
         with cupy.cuda.Device(self.device_id):  # stream 0 is that of the current device
-            ready = _record(space.stream)
-            runtime.streamWaitEvent(self._stream.ptr, ready.ptr)
+            exchange = _Underway(number, _record(space.stream))
+            self._order.append(
+                exchange
+            )  # before it is launched: at the first one NCCL waits for the others there
+            runtime.streamWaitEvent(self._stream.ptr, exchange.ready.ptr)
             try:
                 nccl.groupStart()
                 try:
@@ -197,10 +202,12 @@ class NcclCommunicator(WatchedCommunicator):
                 finally:
                     nccl.groupEnd()
             except nccl.NcclError as error:
+                if self._watch.failed:  # which has ended NCCL's waiting
+                    self._watch.begin(step)  # raises
+                self.abort(f"NcclError: {error}")
                 raise CommError(f"{step}: NCCL failed on this rank ({error})", (self.rank,), *step) from error
-            ended = _record(self._stream.ptr)
-        self._order.append(_Underway(number, ready, ended))
-        transfer = NcclTransfer(self, space, ended, parts)
+            exchange.ended = _record(self._stream.ptr)
+        transfer = NcclTransfer(self, space, exchange.ended, parts)
         self._underway.add(transfer)
         return transfer
 
@@ -212,7 +219,7 @@ class NcclCommunicator(WatchedCommunicator):
         try:
             while not self._watch.failed:
                 time.sleep(TICK_SECONDS)
-                while self._order and _is_over(self._order[0].ended):
+                while self._order and self._order[0].ended and _is_over(self._order[0].ended):
                     self._watch.end(self._order.popleft().number)
                     since = None
                 # what stood before it on the exchanges' stream has ended: once it is ready, its turn has come
