@@ -109,7 +109,7 @@ cdef Array counter_for_pace(Space space, int64_t num_rows, int64_t column_tiles,
 
 cdef int launch(Space space, str entry, tuple defines, void** params, uintptr_t counter) except -1:
     cdef unsigned int blocks = multiprocessor_count(space.device_id) // CLUSTER * CLUSTER
-    return kernel(FILE, entry, defines, space.device_id, SHARED_BYTES).launch_counting(
+    return kernel(FILE, entry, defines, space.device_id, SHARED_BYTES).launch(
         blocks, 1, 1, THREADS, SHARED_BYTES, space.stream, params, counter
     )
 

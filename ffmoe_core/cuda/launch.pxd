@@ -17,17 +17,7 @@ cdef class Kernel:
         unsigned int smem,
         uintptr_t stream,
         void** params,
-    ) except -1
-    cdef int launch_counting(
-        self,
-        unsigned int grid_x,
-        unsigned int grid_y,
-        unsigned int grid_z,
-        unsigned int block,
-        unsigned int smem,
-        uintptr_t stream,
-        void** params,
-        uintptr_t counter,
+        uintptr_t counter=*,
     ) except -1
 
 

@@ -70,22 +70,12 @@ cdef class Kernel:
         unsigned int smem,
         uintptr_t stream,
         void** params,
+        uintptr_t counter=0,
     ) except -1:
-        """Launch on ``stream``; the inputs' device need not be the current one."""
-        return self.launch_counting(grid_x, grid_y, grid_z, block, smem, stream, params, 0)
+        """Launch on ``stream``; the inputs' device need not be the current one.
 
-    cdef int launch_counting(
-        self,
-        unsigned int grid_x,
-        unsigned int grid_y,
-        unsigned int grid_z,
-        unsigned int block,
-        unsigned int smem,
-        uintptr_t stream,
-        void** params,
-        uintptr_t counter,
-    ) except -1:
-        """The same, after the 4 bytes at ``counter``, unless it is 0, have been set to zero."""
+        The 4 bytes at ``counter``, if given, are set to zero before.
+        """
         cdef void* current = NULL
         cdef int error = 0
         driver.get_context(&current)
