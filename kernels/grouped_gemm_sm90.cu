@@ -181,7 +181,8 @@ struct GatheredColumns {
     }
     // After copy(), and the arrival that tells of it. rows: of the whole contraction
     __device__ __forceinline__ void advance(const Ring& ring, int rows) {
-        look_up(ring.stage, row + STAGES * DEPTH, rows);
+        // not past the tile's last step: nothing would order that before what the next tile's start() puts there
+        if (row - warp() * ROWS + STAGES * DEPTH < rows) look_up(ring.stage, row + STAGES * DEPTH, rows);
         commit_copies();
         row += DEPTH;
     }
@@ -292,6 +293,7 @@ __device__ __forceinline__ void pass_tile(Ring& ring, int steps, uint32& held) {
     let_go(held);
     for (int step = 0; step < steps; ++step, ring.advance()) {
         wait(ring.full(), ring.parity);
+        __syncwarp();  // the lanes that release must not leave the others phases behind
         release(ring.empty());
     }
 }
