@@ -51,9 +51,8 @@ TICK_SECONDS = 0.05  # between two looks at the exchanges under way
 HIGH_PRIORITY = -1  # of a stream: its blocks come first wherever a multiprocessor has room
 NOT_READY = 600  # cudaErrorNotReady
 
-Cuts = list[
-    tuple[Array, list[slice], Array, list[slice]]
-]  # sent, its bytes by rank, received, its bytes by rank
+# sent, its bytes by rank, received, its bytes by rank
+Cuts = list[tuple[Array, list[slice], Array, list[slice]]]
 
 
 @dataclass
@@ -191,9 +190,8 @@ class NcclCommunicator(WatchedCommunicator):
         number = self._watch.begin(step)
         with cupy.cuda.Device(self.device_id):  # stream 0 is that of the current device
             exchange = _Underway(number, _record(space.stream))
-            self._order.append(
-                exchange
-            )  # before it is launched: at the first one NCCL waits for the others there
+            # before it is launched: at the first one NCCL waits for the others there
+            self._order.append(exchange)
             runtime.streamWaitEvent(self._stream.ptr, exchange.ready.ptr)
             try:
                 nccl.groupStart()
