@@ -32,6 +32,14 @@ from cupy_moe import (
 from ffmoe_core import ExpertParallel, MoEConfig
 from ffmoe_core.comm import Communicator, Step, all_reduced
 
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+if UNDER_TORCHRUN:  # the core needs no torch
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from ffmoe_torch import MoELayer, get_dense_params
+
 AUX_LOSS = 0.01
 TIMEOUT = 60.0  # seconds that a rank waits for another
 
@@ -98,17 +106,20 @@ def train_core(xp: ModuleType, comm: Communicator) -> float:
 
 
 def train_torch(cpu: bool) -> float:
-    """The same with torch: DDP averages the router's gradients, the experts' come scaled to match."""
-    import torch
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-
-    from ffmoe_torch import MoELayer, get_dense_params
-
+    """The same with torch, in a process group."""
     device = torch.device("cpu" if cpu else f"cuda:{os.environ['LOCAL_RANK']}")
     if not cpu:
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if cpu else "nccl")
+    unexplained = train_layer(device)
+    # DDP went with train_layer. Where it outlives its group, torch can deadlock: DDP then ends gloo's threads while
+    # it holds the interpreter's lock, and one of them may want that lock to let go of a tensor.
+    dist.destroy_process_group()
+    return unexplained
+
+
+def train_layer(device: "torch.device") -> float:
+    """DDP averages the router's gradients, the experts' come scaled to match."""
     rank, size = dist.get_rank(), dist.get_world_size()
     same, own = np.random.default_rng(0), np.random.default_rng([1, rank])
     teacher = Teacher(np, same)
@@ -137,7 +148,6 @@ def train_torch(cpu: bool) -> float:
         x, y = examples(4 * TOKENS)
         squares = torch.stack([(model(x)[0] - y).square().sum(), (y - y.mean()).square().sum()])
     dist.all_reduce(squares)
-    dist.destroy_process_group()
     return (squares[0] / squares[1]).item()
 
 
@@ -147,7 +157,7 @@ def main() -> int:
     )
     parser.add_argument("--cpu", action="store_true", help="host memory instead of GPUs")
     cpu = parser.parse_args().cpu
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if UNDER_TORCHRUN:
         rank, unexplained = int(os.environ["RANK"]), train_torch(cpu)
     else:
         comm = communicator(cpu)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -25,46 +26,49 @@ def mpirun():
 
 def start(size, *command):
     """``mpirun -n size python *command``."""
-    return launch(mpirun(), "-n", size, sys.executable, *command)
+    return Launch(mpirun(), "-n", size, sys.executable, *command)
 
 
-def launch(*command):
-    """A process in a session of its own, with one thread a rank."""
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+class Launch(subprocess.Popen):
+    """A command with one thread a rank, and a mark in its environment that all it starts inherit.
 
+    Parentage and session would not find them all: mpirun's ranks outlive their parent, torchrun's have sessions of
+    their own.
+    """
 
-def finish(process, timeout):
-    """What it printed, and whether it ended by itself; nothing of it is left behind."""
-    try:
-        output, _ = process.communicate(timeout=timeout)
-        return output, True
-    except subprocess.TimeoutExpired:
-        stop(process)
-        return process.communicate()[0], False
+    def __init__(self, *command):
+        self.mark = f"FFMOE_TEST_LAUNCH={uuid.uuid4()}"
+        name, _, value = self.mark.partition("=")
+        super().__init__(
+            list(map(str, command)),
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), name: value},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
+    def alive(self):
+        """The processes of this command: itself and all that it started."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+                if self.mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return found
 
-def stop(process):
-    """Kill the launcher and its ranks, which share its session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    for pid in descendants(process.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    def stop(self):
+        """Kill all of it, stopped processes too."""
+        while alive := self.alive():
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
-
-def descendants(session):
-    """Processes of a session: a launcher gives each rank a process group of its own."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) == session:
-                found.append(int(folder.name))
-    return found
+    def finish(self, timeout):
+        """What it printed, and whether it ended by itself; nothing of it is left behind."""
+        try:
+            return self.communicate(timeout=timeout)[0], True
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return self.communicate()[0], False

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.ep.launch import finish, launch, mpirun
+from tests.ep.launch import Launch, mpirun
 
 EXAMPLE = ("examples/expert_parallel.py", "--cpu")
 LAUNCHERS = {
@@ -17,8 +17,8 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_it_learns(launcher):
-    process = launch(*LAUNCHERS[launcher](), *EXAMPLE)
-    output, ended = finish(process, 120)
+    process = Launch(*LAUNCHERS[launcher](), *EXAMPLE)
+    output, ended = process.finish(120)
     assert ended, output
     assert process.returncode == 0, output
     losses = [float(loss) for loss in re.findall(r"squared error ([\d.]+)", output)]
@@ -37,8 +37,8 @@ def test_the_demo_on_two_processes(tmp_path):
 
     def train(folder, ranks, *options):
         command = (sys.executable, "examples/train_lm.py", "--out", tmp_path / folder, *TINY, *options)
-        process = launch(*((mpirun(), "-n", ranks) if ranks > 1 else ()), *command, "--text", text)
-        output, ended = finish(process, 120)
+        process = Launch(*((mpirun(), "-n", ranks) if ranks > 1 else ()), *command, "--text", text)
+        output, ended = process.finish(120)
         assert ended, output
         return output, process.returncode
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.ep.launch import finish, launch, start, stop
+from tests.ep.launch import Launch, start
 
 TIMEOUT = 3.0
 START_SECONDS = 60.0  # for the ranks to start, on a busy machine
@@ -62,8 +62,8 @@ def test_others_name_the_missing_rank(tmp_path, round_number, how, where, size, 
         all_raised = wait_for([tmp_path / f"{rank}.json" for rank in others], START_SECONDS)
         codes = [exit_code(tmp_path, rank) for rank in others] if all_raised else []
     finally:
-        stop(process)
-        output, _ = finish(process, START_SECONDS)
+        process.stop()
+        output, _ = process.finish(START_SECONDS)
     assert all_raised, f"not every rank raised CommError:\n{output}"
     assert codes == [1] * len(others), output
     check_reports(tmp_path, others, victim, how, where)
@@ -76,14 +76,14 @@ def test_others_name_the_missing_rank_over_gloo(tmp_path, how, where):
     ranks = []
     for rank in range(size):
         command = ("-m", "tests.ep.failing", tmp_path, how, where, victim, TIMEOUT, rank, size)
-        ranks.append(launch(sys.executable, *command))
+        ranks.append(Launch(sys.executable, *command))
     try:
         all_raised = wait_for([tmp_path / f"{rank}.json" for rank in others], START_SECONDS)
         if all_raised:
             codes = [ranks[rank].wait(START_SECONDS) for rank in others]
     finally:
         for rank in ranks:
-            stop(rank)
+            rank.stop()
         outputs = "\n".join(rank.communicate()[0] for rank in ranks)
     assert all_raised, f"not every rank raised CommError:\n{outputs}"
     assert codes == [1] * len(others), outputs

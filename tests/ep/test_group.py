@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.ep import cases_checkpoint, cases_core, cases_torch
-from tests.ep.launch import finish, start
+from tests.ep.launch import start
 
 
 @functools.cache
@@ -16,7 +16,7 @@ def verdicts(module, size, transport="mpi"):
     """What went wrong in each case of a module on ``size`` ranks: one start of MPI for all."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
-        output, ended = finish(start(size, "-m", "tests.ep.runner", module, report, transport), 300)
+        output, ended = start(size, "-m", "tests.ep.runner", module, report, transport).finish(300)
         assert ended, f"not over after five minutes:\n{output}"
         assert report.exists(), output
         return json.loads(report.read_text())
