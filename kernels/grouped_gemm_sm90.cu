@@ -22,6 +22,7 @@
 
 #include "common/cluster.cuh"
 #include "common/cp_async.cuh"
+#include "common/dynamic_shared.cuh"
 #include "common/epilogue.cuh"
 #include "common/mbarrier.cuh"
 #include "common/mma.cuh"
@@ -63,10 +64,9 @@ struct Shared {
     int rows[STAGES][DEPTH];  // of a matrix whose gathered rows are the contraction
     TileList tiles;
 };
-extern __shared__ __align__(1024) unsigned char stages[];
 
 __device__ __forceinline__ Shared& shared() {
-    return *reinterpret_cast<Shared*>(stages + STAGES * STAGE_BYTES + CONSUMERS * BUFFER_BYTES);
+    return *reinterpret_cast<Shared*>(dynamic_shared() + STAGES * STAGE_BYTES + CONSUMERS * BUFFER_BYTES);
 }
 
 // A place in the ring of stages, the same for who fills and who reads.
@@ -80,7 +80,7 @@ struct Ring {
     }
     __device__ __forceinline__ uint32 full() const { return shared_address(shared().full + stage); }
     __device__ __forceinline__ uint32 empty() const { return shared_address(shared().empty + stage); }
-    __device__ __forceinline__ uint32 own() const { return shared_address(stages) + stage * STAGE_BYTES; }
+    __device__ __forceinline__ uint32 own() const { return shared_address(dynamic_shared()) + stage * STAGE_BYTES; }
     __device__ __forceinline__ uint32 common() const { return own() + OWN_BYTES; }
     // where this block's part of the shared operand goes, in all blocks
     __device__ __forceinline__ uint32 common_part() const {
@@ -120,13 +120,6 @@ struct GatheredRows {
         left -= DEPTH;
     }
 };
-
-// From base, `row` rows of `pitch` bytes on.
-__device__ __forceinline__ const X* row_at(const X* base, int row, int pitch) {
-    const X* at;
-    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(row), "r"(pitch), "l"(base));
-    return at;
-}
 
 // OWN columns of a matrix of which an index names the rows that are the contraction; those that are missing
 // become zeros. A warp copies 16 rows of a stage. The index of the next stages is on its way to shared memory
@@ -174,7 +167,7 @@ struct GatheredColumns {
         for (int i = 0; i < COPIES; ++i) {
             const int at = first + STRIDE * i;
             copy16_async(
-                to + at * SWIZZLE_BYTES + ((chunk % 8 ^ at % 8) << 4), row_at(base, from[i], pitch),
+                to + at * SWIZZLE_BYTES + ((chunk % 8 ^ at % 8) << 4), advanced(base, from[i], pitch),
                 row + part + STRIDE * i < count
             );
         }
@@ -357,7 +350,7 @@ struct Buffers {
         const int i = used++ % BUFFERS;
         const uint32 at = i < BUFFERS_OF_STAGE
             ? stage.own() + (consumer() * BUFFERS_OF_STAGE + i) * BUFFER_BYTES
-            : shared_address(stages) + STAGES * STAGE_BYTES + consumer() * BUFFER_BYTES;
+            : shared_address(dynamic_shared()) + STAGES * STAGE_BYTES + consumer() * BUFFER_BYTES;
         return at + warp() % 4 * (BUFFER_BYTES / 4);
     }
 };
@@ -740,7 +733,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         Ring before;
 #pragma unroll 1
         for (int i = 0; i < PIECES; ++i, shift_piece(sums), ring.advance()) {
-            X* piece = reinterpret_cast<X*>(stages + ring.stage * STAGE_BYTES);
+            X* piece = reinterpret_cast<X*>(dynamic_shared() + ring.stage * STAGE_BYTES);
             wait(ring.full(), ring.parity);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

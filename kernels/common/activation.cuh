@@ -1,14 +1,13 @@
 // The GLU activations and their derivatives, in the accumulator's type.
 #pragma once
 
+#include "ptx.cuh"
+
 // SHORT: the result will be rounded to 16 bits, so the fastest exponential and reciprocal will do.
 template <bool SHORT> __device__ __forceinline__ float sigmoid(float x) {
     if (!SHORT) return __fdividef(1.0f, 1.0f + expf(-x));
     constexpr float LOG2_E = 1.4426950408889634f;
-    float power, out;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-LOG2_E * x));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(1.0f + power));
-    return out;
+    return approximate_reciprocal(1.0f + approximate_exp2(-LOG2_E * x));
 }
 template <bool SHORT> __device__ __noinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 

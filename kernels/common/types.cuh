@@ -3,6 +3,8 @@
 // No CUDA header is included: NVRTC finds none on a machine without a toolkit, and compiles faster.
 #pragma once
 
+#include "ptx.cuh"
+
 using int64 = long long;
 using uint16 = unsigned short;
 using uint32 = unsigned int;
@@ -46,11 +48,7 @@ template <class X> using accumulator_of = typename AccumulatorOf<X>::type;
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(bfloat16 x) { return __uint_as_float(uint32(x.bits) << 16); }
-__device__ __forceinline__ float widen(float16 x) {
-    float out;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(x.bits));
-    return out;
-}
+__device__ __forceinline__ float widen(float16 x) { return float_of_float16(x.bits); }
 
 // --- and back, to the nearest, ties to even ---
 
@@ -58,12 +56,8 @@ __device__ __forceinline__ void narrow(float x, float& out) { out = x; }
 __device__ __forceinline__ void narrow(double x, double& out) { out = x; }
 __device__ __forceinline__ void narrow(float x, double& out) { out = x; }
 __device__ __forceinline__ void narrow(double x, float& out) { out = float(x); }
-__device__ __forceinline__ void narrow(float x, bfloat16& out) {
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
-}
-__device__ __forceinline__ void narrow(float x, float16& out) {
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
-}
+__device__ __forceinline__ void narrow(float x, bfloat16& out) { out.bits = bfloat16_bits(x); }
+__device__ __forceinline__ void narrow(float x, float16& out) { out.bits = float16_bits(x); }
 
 template <class X, class A> __device__ __forceinline__ X narrow_to(A x) {
     X out;
@@ -88,24 +82,19 @@ template <class X, int N> __device__ __forceinline__ void store_vector(X* to, co
     *reinterpret_cast<Vector<X, N>*>(to) = value;
 }
 
-// A store of 16 bytes that nothing reads soon: they should not drive others out of the second-level cache.
+// 16 bytes: see store_streaming.
 template <class X, int N> __device__ __forceinline__ void stream_vector16(X* to, const Vector<X, N>& value) {
     const auto& words = reinterpret_cast<const Vector<uint32, 4>&>(value);
-    asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};"
-                 ::"l"(to), "r"(words.at[0]), "r"(words.at[1]), "r"(words.at[2]), "r"(words.at[3]) : "memory");
+    store_streaming(to, words.at[0], words.at[1], words.at[2], words.at[3]);
 }
 
 // Two 16-bit elements in one register, `low` at the lower address: what mma.sync takes.
 template <class X> __device__ __forceinline__ uint32 pack2(float low, float high);
 template <> __device__ __forceinline__ uint32 pack2<bfloat16>(float low, float high) {
-    uint32 out;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-    return out;
+    return bfloat16_pair(low, high);
 }
 template <> __device__ __forceinline__ uint32 pack2<float16>(float low, float high) {
-    uint32 out;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-    return out;
+    return float16_pair(low, high);
 }
 
 // And back.
