@@ -1,7 +1,7 @@
 // The tiles of grouped rows, for blocks that stay and take one tile after the other.
 #pragma once
 
-#include "tile_scheduler.cuh"
+#include "tile.cuh"
 #include "types.cuh"
 #include "warp.cuh"
 

@@ -1,0 +1,141 @@
+"""``python -m tests.emulator.cases FOLDER SCHEDULES CASE [OLD NEW]``: one product, under several schedules.
+
+Each must give the reference's numbers, and all of them the same bits. FOLDER keeps what is compiled. With OLD and NEW
+the kernel is broken first: text of its source is replaced.
+"""
+
+import sys
+
+import numpy as np
+
+from tests import reference
+from tests.core.checks import call_stage
+from tests.core.test_grouped_gemm import assert_rounded_once, whole_numbers
+from tests.emulator import emulator
+from tests.support import NumpyKind, bits, numbers, rounded
+
+CASES = {}
+KIND = NumpyKind()
+DTYPE = "bfloat16"
+# Rows of each expert: none, fewer than a tile's half, a tile and a bit, several tiles; 37 rows are nobody's.
+SIZES = (130, 0, 5, 300, 513, 65)
+OFFSETS = np.cumsum([0, *SIZES])
+ROWS, TOKENS, EXPERTS = OFFSETS[-1] + 37, 200, len(SIZES)
+# Contraction and columns: neither fills its last tile. The second is deep enough for blocks to keep pace.
+WIDTHS = [(136, 520), (1096, 264)]
+
+
+def case(**options):
+    """A case by its name: the product for all widths."""
+
+    def add(function):
+        label = ", ".join([function.__name__, *(f"{name}={value}" for name, value in options.items())])
+        CASES[label] = lambda: [out for widths in WIDTHS for out in function(*widths, **options)]
+        return function
+
+    return add
+
+
+class Arrays:
+    """Inputs of a product, and outputs that start as NaN."""
+
+    def __init__(self, gather):
+        self.rng = np.random.default_rng(0)
+        self.offsets = KIND.array(OFFSETS, "int32")
+        self.index = self.rng.integers(0, TOKENS, ROWS) if gather else np.arange(ROWS)
+        self.picks = KIND.array(self.index, "int32") if gather else None
+
+    def whole(self, *shape):
+        values = whole_numbers(self.rng, *shape)
+        return values, KIND.array(values, DTYPE)
+
+    def normal(self, *shape, scale=1.0):
+        values = rounded(self.rng.standard_normal(shape) * scale, DTYPE)
+        return values, KIND.array(values, DTYPE)
+
+    def rows(self, width, gather):
+        return (TOKENS if gather else ROWS, width)
+
+    def out(self, *shape, dtype=DTYPE):
+        return KIND.full(shape, np.nan, dtype)
+
+
+@case(gather=True, transpose_b=True)
+@case(gather=False, transpose_b=True)
+@case(gather=True, transpose_b=False)
+@case(gather=False, transpose_b=False)
+def grouped_gemm(inner, columns, gather, transpose_b):
+    new = Arrays(gather)
+    a, a_array = new.whole(*new.rows(inner, gather))
+    b, b_array = new.whole(EXPERTS, *((columns, inner) if transpose_b else (inner, columns)))
+    out = new.out(ROWS, columns)
+    call_stage(KIND, "grouped_gemm", a_array, b_array, new.offsets, new.picks, transpose_b, out)
+    want = rounded(reference.grouped_gemm(a, b, OFFSETS, new.index, transpose_b), DTYPE)
+    assert numbers(KIND, out).tolist() == want.tolist()
+    return [out]
+
+
+@case(gather="none", accumulate=False)
+@case(gather="left", accumulate=False)
+@case(gather="right", accumulate=False)
+@case(gather="right", accumulate=True)
+def grouped_gemm_wgrad(left, right, gather, accumulate):
+    new = Arrays(gather != "none")
+    a, a_array = new.whole(*new.rows(left, gather == "left"))
+    b, b_array = new.whole(*new.rows(right, gather == "right"))
+    before, out = new.whole(EXPERTS, left, right)
+    if accumulate:
+        out = KIND.array(before, "float32")
+    picks = {"none": (None, None), "left": (new.picks, None), "right": (None, new.picks)}[gather]
+    call_stage(KIND, "grouped_gemm_wgrad", a_array, b_array, new.offsets, *picks, out, accumulate, 0.5)
+    index = {"none": (None, None), "left": (new.index, None), "right": (None, new.index)}[gather]
+    want = reference.grouped_gemm_wgrad(a, b, OFFSETS, *index) / 2 + (before if accumulate else 0)
+    assert numbers(KIND, out).tolist() == rounded(want, "float32" if accumulate else DTYPE).tolist()
+    return [out]
+
+
+@case(gather=True)
+@case(gather=False)
+def grouped_glu(hidden, width, gather):
+    new = Arrays(gather)
+    x, x_array = new.normal(*new.rows(hidden, gather))
+    w_up, w_array = new.normal(EXPERTS, 2 * width, hidden, scale=hidden**-0.5)
+    z, a = new.out(ROWS, 2 * width), new.out(ROWS, width)
+    call_stage(KIND, "grouped_glu", x_array, w_array, new.offsets, new.picks, "swiglu", z, a)
+    wanted = reference.grouped_glu(x, w_up, OFFSETS, new.index, "swiglu")
+    for got, want, name in zip((z, a), wanted, ("z", "a"), strict=True):
+        assert_rounded_once(numbers(KIND, got), want, DTYPE, name)
+    return [z, a]
+
+
+@case(gather=True)
+@case(gather=False)
+def grouped_glu_backward(hidden, width, gather):
+    new = Arrays(gather)
+    d_out, d_array = new.normal(*new.rows(hidden, gather))
+    w_down, w_array = new.normal(EXPERTS, hidden, width, scale=hidden**-0.5)
+    z, z_array = new.normal(ROWS, 2 * width)
+    weights = rounded(new.rng.random(ROWS), "float32")
+    dz, pa, dp = new.out(*z.shape), new.out(ROWS, width), new.out(ROWS, dtype="float32")
+    call_stage(
+        KIND, "grouped_glu_backward", d_array, w_array, new.offsets, new.picks,
+        KIND.array(weights, "float32"), z_array, "swiglu", dz, pa, dp,
+    )  # fmt: skip
+    wanted = reference.grouped_glu_backward(d_out, w_down, OFFSETS, new.index, weights, z, "swiglu")
+    for got, want, name in zip((dz, pa), wanted[:2], ("dz", "pa"), strict=True):
+        assert_rounded_once(numbers(KIND, got), want, DTYPE, name)
+    return [dz, pa, dp]
+
+
+def main(folder, schedules, name, *broken):
+    emulator.install(folder, broken)
+    first = None
+    for seed in range(int(schedules)):
+        emulator.set_seed(seed)
+        outputs = [bits(KIND, output) for output in CASES[name]()]
+        assert first is None or outputs == first, f"schedule {seed} gives other bits"
+        first = outputs
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

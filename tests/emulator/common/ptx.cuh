@@ -1,0 +1,22 @@
+// See kernels/common/ptx.cuh.
+#pragma once
+
+inline unsigned short bfloat16_bits(float x) {
+    const unsigned bits = __float_as_uint(x);
+    return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline unsigned short float16_bits(float x) { return machine::bits_of(_Float16(x)); }
+inline float float_of_float16(unsigned short bits) { return machine::value_of<_Float16>(bits); }
+inline unsigned bfloat16_pair(float low, float high) { return bfloat16_bits(low) | bfloat16_bits(high) << 16; }
+inline unsigned float16_pair(float low, float high) { return float16_bits(low) | float16_bits(high) << 16; }
+
+inline float approximate_exp2(float x) { return exp2f(x); }
+inline float approximate_reciprocal(float x) { return 1.0f / x; }
+
+template <class X> inline const X* advanced(const X* from, int count, int pitch) {
+    return reinterpret_cast<const X*>(reinterpret_cast<const char*>(from) + int64_t(count) * pitch);
+}
+inline void store_streaming(void* to, unsigned a, unsigned b, unsigned c, unsigned d) {
+    const unsigned words[4] = {a, b, c, d};
+    memcpy(to, words, sizeof words);
+}

@@ -1,0 +1,86 @@
+"""Hopper's products on an emulated GPU: right under every schedule, and none of them hangs."""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.emulator import cases
+
+# 50 is what a change to these kernels should stand: FFMOE_SCHEDULES=50
+SCHEDULES = int(os.environ.get("FFMOE_SCHEDULES", "2"))
+TIMEOUT = 300 + 10 * SCHEDULES
+
+# What is taken away, or changed; a case that must see it; what is said then.
+BROKEN = {
+    "threads that nobody waits for": (
+        "        if (!GATHER && threadIdx.x > 0) return;\n",
+        "",
+        "grouped_gemm, gather=False, transpose_b=True",
+        "nothing happens any more",
+    ),
+    "a stage that is let go while it is multiplied": (
+        "        wait_for_products<1>();\n",
+        "",
+        "grouped_glu, gather=True",
+        "AssertionError",
+    ),
+    "a buffer that is written to while it is stored": (
+        "                wait_for_reads<1>();\n",
+        "",
+        "grouped_glu_backward, gather=True",
+        "AssertionError",
+    ),
+    "a last stage that is overwritten while the other warpgroup reads it": (
+        "        meet_multipliers(rows);\n",
+        "",
+        "grouped_gemm_wgrad, gather=left, accumulate=False",
+        "AssertionError",
+    ),
+    "one arrival too many": (
+        "    if (lane() < CLUSTER) arrive(empty, lane());\n",
+        "    if (lane() < CLUSTER) arrive(empty, lane());\n    if (lane() == 0) arrive(empty, 0);\n",
+        "grouped_gemm, gather=False, transpose_b=True",
+        "more arrivals than it waits for",
+    ),
+}
+
+
+def run(folder, *arguments):
+    """What a case printed, and its exit status."""
+    command = [sys.executable, "-m", "tests.emulator.cases", folder, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    return ended.stdout + ended.stderr, ended.returncode
+
+
+@functools.cache
+def outcomes():
+    """Of every case; as many at a time as there are processors."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        ended = pool.map(lambda name: run(Path(folder, name), str(SCHEDULES), name), cases.CASES)
+        return dict(zip(cases.CASES, ended, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases.CASES)
+def test_right_under_every_schedule(case):
+    output, code = outcomes()[case]
+    assert code == 0, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_kernel_is_seen(tmp_path, what):
+    old, new, case, complaint = BROKEN[what]
+    output, code = run(tmp_path, "4", case, old, new)
+    assert code != 0
+    assert complaint in output, output
