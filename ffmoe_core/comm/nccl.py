@@ -92,15 +92,6 @@ class NcclCommunicator(WatchedCommunicator):
         self._order: deque[_Underway] = deque()  # of the exchanges on the stream
         threading.Thread(target=self._watch_over, name="ffmoe-nccl", daemon=True).start()
 
-    def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> "NcclTransfer":
-        parts, counts = [(send, recv)], [1] * self.size
-        cuts = self._cut(parts, counts, counts)
-        self._count_bytes(parts, counts, step)
-        # The row to itself goes the same way: `read` follows the exchanges' stream, not the caller's.
-        return self._exchange(
-            space, parts, step, lambda: self._send_and_receive(cuts, [*self._others, self.rank])
-        )
-
     def all_to_all_v(
         self,
         space: Space,
@@ -109,11 +100,17 @@ class NcclCommunicator(WatchedCommunicator):
         recv_counts: Sequence[int],
         step: Step,
     ) -> "NcclTransfer":
-        cuts = self._cut(parts, send_counts, recv_counts)
+        cuts = [
+            (
+                send,
+                cut_by_rank(send_counts, row_bytes(send)),
+                recv,
+                cut_by_rank(recv_counts, row_bytes(recv)),
+            )
+            for send, recv in parts
+        ]
         self._count_bytes(parts, send_counts, step)
-        transfer = self._exchange(space, parts, step, lambda: self._send_and_receive(cuts, self._others))
-        self._copy_own(cuts, space)
-        return transfer
+        return self._exchange(space, parts, step, lambda: self._send_and_receive(cuts))
 
     def all_reduce(self, space: Space, parts: Parts, step: Step) -> "NcclTransfer":
         def launch() -> None:
@@ -141,41 +138,17 @@ class NcclCommunicator(WatchedCommunicator):
         host[...] = memory.reshape(host.shape)
         return host
 
-    def _cut(self, parts: Parts, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Cuts:
-        return [
-            (
-                send,
-                cut_by_rank(send_counts, row_bytes(send)),
-                recv,
-                cut_by_rank(recv_counts, row_bytes(recv)),
-            )
-            for send, recv in parts
-        ]
-
-    def _send_and_receive(self, cuts: Cuts, ranks: Sequence[int]) -> None:
+    def _send_and_receive(self, cuts: Cuts) -> None:
+        """A rank's rows to itself go the same way: a copy beside the others would take their bandwidth."""
         stream = self._stream.ptr
         for send, to_send, recv, to_recv in cuts:
-            for rank in ranks:
+            for rank in (*self._others, self.rank):
                 out, come = to_send[rank], to_recv[rank]
                 if out.stop > out.start:
                     self._comm.send(send.ptr + out.start, out.stop - out.start, nccl.NCCL_UINT8, rank, stream)
                 if come.stop > come.start:
                     self._comm.recv(
                         recv.ptr + come.start, come.stop - come.start, nccl.NCCL_UINT8, rank, stream
-                    )
-
-    def _copy_own(self, cuts: Cuts, space: Space) -> None:
-        """This rank's rows to itself, on the caller's stream: beside those that cross."""
-        with cupy.cuda.Device(self.device_id):
-            for send, to_send, recv, to_recv in cuts:
-                source, target = to_send[self.rank], to_recv[self.rank]
-                if source.stop > source.start:
-                    runtime.memcpyAsync(
-                        recv.ptr + target.start,
-                        send.ptr + source.start,
-                        source.stop - source.start,
-                        runtime.memcpyDeviceToDevice,
-                        space.stream,
                     )
 
     def _exchange(self, space: Space, parts: Parts, step: Step, launch: Callable[[], None]) -> "NcclTransfer":
