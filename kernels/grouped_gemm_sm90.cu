@@ -122,43 +122,35 @@ struct GatheredRows {
 };
 
 // OWN columns of a matrix of which an index names the rows that are the contraction; those that are missing
-// become zeros. A warp copies 16 rows of a stage. The index of the next stages is on its way to shared memory
-// meanwhile: it is needed to issue the copies, and waiting for it there would leave the stages empty.
+// become zeros. A warp copies 16 rows of a stage. Their numbers have come to shared memory before: they are needed to
+// issue the copies, and waiting for them there would leave the stages empty.
 struct GatheredColumns {
     static constexpr int CHUNKS = OWN / 8, STRIDE = 32 / CHUNKS;
     static constexpr int ROWS = DEPTH / (WARPGROUP / 32), COPIES = ROWS / STRIDE;
     const X* base;  // at this thread's columns
-    const int* index;
     int pitch;      // bytes
     int row;        // of the next step, the warp's first
     int count;      // of rows; 0 where the columns do not exist
 
-    __device__ __forceinline__ void start(
-        const X* matrix, int columns, const int* row_index, int first_column, int rows, Ring ring
-    ) {
+    __device__ __forceinline__ void start(const X* matrix, int columns, int first_column, int rows) {
         const int column = first_column + lane() % CHUNKS * 8;
         base = matrix + min(column, columns - 8);
-        index = row_index;
         pitch = columns * int(sizeof(X));
         row = warp() * ROWS;
         count = column < columns ? rows : 0;
-        for (int i = 0; i < STAGES; ++i, ring.advance()) look_up(ring.stage, row + i * DEPTH, rows);
-        commit_copies();
-        wait_for_copies<0>();
     }
-    __device__ __forceinline__ void look_up(int stage, int first, int rows) const {
-        const int at = first + lane();
+    // The numbers of a step's rows: of `rows` that an index names those from `first` on.
+    static __device__ __forceinline__ void look_up(int stage, const int* index, int first, int rows) {
+        const int of_step = warp() * ROWS + lane(), at = first + of_step;
         if (lane() < ROWS)
-            copy4_async(
-                shared_address(&shared().rows[stage][warp() * ROWS + lane()]), index + min(at, rows - 1),
-                at < rows
-            );
+            copy4_async(shared_address(&shared().rows[stage][of_step]), index + min(at, rows - 1), at < rows);
     }
+    // For each step the threads have looked its rows up, and committed that, STAGES steps before.
     __device__ __forceinline__ void copy(const Ring& ring) {
         const int chunk = lane() % CHUNKS, part = lane() / CHUNKS, first = warp() * ROWS + part;
         const uint32 to = ring.own() + chunk / 8 * TILE_MAJOR_STRIDE;
         int from[COPIES];
-        wait_for_copies<STAGES - 1>();  // of the step that looked this one's rows up
+        wait_for_copies<STAGES - 1>();
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) from[i] = shared().rows[ring.stage][first + STRIDE * i];
@@ -171,12 +163,6 @@ struct GatheredColumns {
                 row + part + STRIDE * i < count
             );
         }
-    }
-    // After copy(), and the arrival that tells of it. rows: of the whole contraction
-    __device__ __forceinline__ void advance(const Ring& ring, int rows) {
-        // not past the tile's last step: nothing would order that before what the next tile's start() puts there
-        if (row - warp() * ROWS + STAGES * DEPTH < rows) look_up(ring.stage, row + STAGES * DEPTH, rows);
-        commit_copies();
         row += DEPTH;
     }
 };
@@ -796,8 +782,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
 
 #elif defined(WGRAD)
 
+struct Span {
+    int begin, count;
+};
 struct Part {
-    int group, begin, rows;  // the group's rows: the contraction
+    int group;
+    Span rows;  // of the group: the contraction
     int first_row, first_column;
 };
 
@@ -827,12 +817,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const __grid_constant__ TensorMap out_map, const int* offsets, const int* index, type_of<OUT_TYPE>* out,
     int num_groups, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale
 ) {
+    const auto rows_of = [&](int group) -> Span {
+        const int begin = offsets[group];
+        return {begin, offsets[group + 1] - begin};
+    };
     const auto find = [&](int at) -> Part {
-        const int group = at / (row_tiles * column_tiles), begin = offsets[group];
+        const int group = at / (row_tiles * column_tiles);
         const int before = cluster_rank() * OWN;  // of the own operand
         const Place place = place_in_panels(at - group * row_tiles * column_tiles, row_tiles, column_tiles);
         return {
-            group, begin, offsets[group + 1] - begin,
+            group, rows_of(group),
             SHARE_A ? place.row * SHARED : place.row * CLUSTER * OWN + before,
             SHARE_A ? place.column * CLUSTER * OWN + before : place.column * SHARED,
         };
@@ -845,18 +839,30 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         const TensorMap& common_map = SHARE_A ? a_map : b_map;
         const int own_columns = SHARE_A ? b_columns : a_columns;
         const int common_columns = SHARE_A ? a_columns : b_columns;
+        // Row numbers are looked up STAGES steps ahead, into the next tiles: a tile that began with its own would
+        // leave the stages empty.
+        Span ahead = {0, 0};
+        int ahead_tile = first_tile(), ahead_k = 0;
+        const auto look_ahead = [&](int stage) {
+            for (; ahead_k >= ahead.count && ahead_tile < tiles; ahead_k = 0, ahead_tile += tile_stride())
+                ahead = rows_of(ahead_tile / (row_tiles * column_tiles));
+            if (ahead_k < ahead.count) GatheredColumns::look_up(stage, index + ahead.begin, ahead_k, ahead.count);
+            commit_copies();
+            ahead_k += DEPTH;
+        };
+        if (GATHER)
+            for (int stage = 0; stage < STAGES; ++stage) look_ahead(stage);
         GatheredColumns gathered;
         Ring ring;
         for (int at = first_tile(); at < tiles; at += tile_stride()) {
             const Part tile = find(at);
             const int own_first = SHARE_A ? tile.first_column : tile.first_row;
             const int common_first = SHARE_A ? tile.first_row : tile.first_column;
-            if (GATHER && tile.rows > 0)
-                gathered.start(own, own_columns, index + tile.begin, own_first, tile.rows, ring);
-            for (int k = 0; k < tile.rows; k += DEPTH, ring.advance()) {
+            if (GATHER) gathered.start(own, own_columns, own_first, tile.rows.count);
+            for (int k = 0; k < tile.rows.count; k += DEPTH, ring.advance()) {
                 // The copy engine would go on into the next group's rows: a last step that is not full is the
                 // threads' affair.
-                const int left = tile.rows - k, row = tile.begin + k;
+                const int left = tile.rows.count - k, row = tile.rows.begin + k;
                 const bool whole = left >= DEPTH;
                 wait(ring.empty(), ring.parity ^ 1);
                 if (threadIdx.x == 0) {
@@ -879,7 +885,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                         );
                 }
                 arrive_after_copies(ring.full());
-                if (GATHER) gathered.advance(ring, tile.rows);
+                if (GATHER) look_ahead(ring.stage);
             }
         }
     };
@@ -888,7 +894,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         uint32 held = 0;
         for (int at = first_tile(); at < tiles; at += tile_stride()) {
             const Part tile = find(at);
-            const int steps = (tile.rows + DEPTH - 1) / DEPTH;
+            const int steps = (tile.rows.count + DEPTH - 1) / DEPTH;
             const int rows = a_columns - tile.first_row, columns = b_columns - tile.first_column;
             auto* to = out + (int64(tile.group) * a_columns + tile.first_row) * b_columns + tile.first_column;
             if (steps == 0) {
