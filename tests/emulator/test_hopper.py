@@ -1,10 +1,8 @@
 """Hopper's products on an emulated GPU: right under every schedule, and none of them hangs."""
 
-import functools
 import os
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,18 +66,21 @@ def run(folder, *arguments):
     return ended.stdout + ended.stderr, ended.returncode
 
 
-@functools.cache
-def outcomes():
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
     """Of every case; as many at a time as there are processors."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        ended = pool.map(lambda name: run(Path(folder, name), str(SCHEDULES), name), cases.CASES)
-        return dict(zip(cases.CASES, ended, strict=True))
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {
+        name: pool.submit(run, tmp_path_factory.mktemp("compiled"), str(SCHEDULES), name)
+        for name in cases.CASES
+    }
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", cases.CASES)
-def test_right_under_every_schedule(case):
-    output, code = outcomes()[case]
+def test_right_under_every_schedule(outcomes, case):
+    output, code = outcomes[case].result()
     assert code == 0, output
 
 
