@@ -342,10 +342,19 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
         sending.token_rows, sending.expert_offsets, slot_experts, slot_weights, pair_slots, counts_out,
     )
     counting = comm.all_to_all(space, counts_out, counts_in, Step("counts", layer.layer))
+    reading = comm.read(space, counts, Step("counts", layer.layer))
+    # the losses' sums cross while the host is at the counts
+    cdef Array balance = None, group_sums
+    if group:
+        balance = space.empty((2 * E + 1,), INT32)
+        group_sums = sums.at(8 * (E + 2), (E + 2,), FLOAT64)
+        summing = comm.all_reduce(
+            space, [(balance_of(plans), balance), (own_sums, group_sums)], Step("losses", layer.layer)
+        )
     cdef Array packed = space.empty((T * D, width), tokens.dtype)
     backend.permute(space, tokens, sending.row_token, sending.expert_offsets, packed)
     counting.wait()
-    known = comm.read(space, counts, Step("counts", layer.layer))
+    known = reading()
     sizes = Sizes(tuple(known[0, :, 0].tolist()), tuple(known[1, :, 0].tolist()), int(known[1, :, 1].sum()))
     plans.set_sizes(sizes)
 
@@ -361,13 +370,6 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
         sizes.received,
         Step("dispatch", layer.layer),
     )
-    cdef Array balance = None, group_sums
-    if group:
-        balance = space.empty((2 * E + 1,), INT32)
-        group_sums = sums.at(8 * (E + 2), (E + 2,), FLOAT64)
-        summing = comm.all_reduce(
-            space, [(balance_of(plans), balance), (own_sums, group_sums)], Step("losses", layer.layer)
-        )
     transfer.wait()
     backend.sort(
         space, receiving.topk_idx, weights, -1, "position",

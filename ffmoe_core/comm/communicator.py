@@ -1,7 +1,7 @@
 """The Communicator protocol: what expert parallelism asks of a transport."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -62,8 +62,12 @@ class Communicator(Protocol):
     def all_reduce(self, space: Space, parts: Parts, step: Step) -> Transfer:
         """``received`` = the sum of every rank's ``sent``: the same bits on every rank."""
 
-    def read(self, space: Space, array: Array, step: Step) -> np.ndarray:
-        """A NumPy copy of an array that ``all_to_all`` filled; waits for it, but not past the deadline."""
+    def read(self, space: Space, array: Array, step: Step) -> Callable[[], np.ndarray]:
+        """Starts to bring an array to the host that ``all_to_all`` is filling.
+
+        What it returns gives the NumPy copy, once that exchange has been waited for; it waits for the device, but not
+        past the deadline.
+        """
 
     def gather(self, text: str, step: Step) -> list[str]:
         """Every rank's text, in the order of ranks. For set-up: slow."""

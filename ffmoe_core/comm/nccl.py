@@ -120,8 +120,7 @@ class NcclCommunicator(WatchedCommunicator):
 
         return self._exchange(space, parts, step, launch)
 
-    def read(self, space: Space, array: Array, step: Step) -> np.ndarray:
-        host = np.empty(array.shape, DTYPE_NAMES[array.dtype])
+    def read(self, space: Space, array: Array, step: Step) -> Callable[[], np.ndarray]:
         with cupy.cuda.Device(self.device_id):
             if self._pinned is None or self._pinned.size() < array.nbytes:
                 self._pinned = cupy.cuda.alloc_pinned_memory(array.nbytes)
@@ -130,13 +129,16 @@ class NcclCommunicator(WatchedCommunicator):
                 self._pinned.ptr, array.ptr, array.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr
             )
             copied = _record(self._stream.ptr)
+
+        def finish() -> np.ndarray:
             while not (_is_over(copied) or self._watch.failed):
                 time.sleep(0)  # the device idles until the counts are known, so the host does not
-        if self._watch.failed:  # and what was copied is not what was to come
-            self._watch.begin(step)  # raises
-        memory = np.frombuffer(self._pinned, host.dtype, host.size)
-        host[...] = memory.reshape(host.shape)
-        return host
+            if self._watch.failed:  # and what was copied is not what was to come
+                self._watch.begin(step)  # raises
+            memory = np.frombuffer(self._pinned, DTYPE_NAMES[array.dtype], array.size)
+            return memory.reshape(array.shape).copy()
+
+        return finish
 
     def _send_and_receive(self, cuts: Cuts) -> None:
         """A rank's rows to itself go the same way: a copy beside the others would take their bandwidth."""

@@ -387,7 +387,7 @@ def under_way(comm):
     ]
     for transfer in reversed(transfers):
         transfer.wait()
-    assert comm.read(space, theirs, Step("numbers"))[:, 0].tolist() == list(ranks)
+    assert comm.read(space, theirs, Step("numbers"))()[:, 0].tolist() == list(ranks)
     assert kind.host(sums).tolist() == [sum(ranks), comm.size, 7 * comm.size]
     wanted = 100 * np.repeat(ranks, from_ranks) + me
     assert (kind.host(came) == wanted[:, None]).all()
