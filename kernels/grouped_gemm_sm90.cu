@@ -31,7 +31,6 @@
 #include "common/stmatrix.cuh"
 #include "common/tile_walk.cuh"
 #include "common/tma.cuh"
-#include "common/turns.cuh"
 #include "common/types.cuh"
 #include "common/warpgroup.cuh"
 #include "common/wgmma.cuh"
@@ -63,10 +62,7 @@ struct Shared {
     uint64 full[STAGES];   // a stage's operands have come
     uint64 empty[STAGES];  // both blocks have multiplied them
     int rows[STAGES][DEPTH];  // of a matrix whose gathered rows are the contraction
-    union {
-        TileList tiles;                     // of grouped rows
-        Turns<CLUSTER, STAGES>::Box turns;  // of weight gradients
-    };
+    TileList tiles;
 };
 
 __device__ __forceinline__ Shared& shared() {
@@ -139,7 +135,7 @@ struct GatheredColumns {
     __device__ __forceinline__ void start(const X* matrix, int columns, int first_column, int rows) {
         const int column = first_column + lane() % CHUNKS * 8;
         base = matrix + min(column, columns - 8);
-        pitch = rows > 0 ? columns * int(sizeof(X)) : 0;  // without rows there are no numbers either
+        pitch = columns * int(sizeof(X));
         row = warp() * ROWS;
         count = column < columns ? rows : 0;
     }
@@ -432,9 +428,6 @@ __device__ __forceinline__ void part(int arrivals, Fetch fetch_all, Multiply mul
             init_barrier(shared_address(shared().full + i), arrivals);
             init_barrier(shared_address(shared().empty + i), CLUSTER * CONSUMERS * WARPGROUP / 32);
         }
-#if defined(WGRAD)
-        shared().turns.init();
-#endif
         publish_barriers();
     }
     sync_cluster();
@@ -789,8 +782,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
 
 #elif defined(WGRAD)
 
-constexpr int NO_MORE = 0x7fffffff;
-
 struct Span {
     int begin, count;
 };
@@ -824,7 +815,7 @@ __device__ __forceinline__ uint32 finish_gradient(
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm_wgrad(
     const X* a, const __grid_constant__ TensorMap a_map, const X* b, const __grid_constant__ TensorMap b_map,
     const __grid_constant__ TensorMap out_map, const int* offsets, const int* index, type_of<OUT_TYPE>* out,
-    int num_groups, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale, uint32* drawn
+    int num_groups, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale
 ) {
     const auto rows_of = [&](int group) -> Span {
         const int begin = offsets[group];
@@ -840,9 +831,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
             SHARE_A ? place.column * CLUSTER * OWN + before : place.column * SHARED,
         };
     };
-    // A group without rows has a step of zeros: a tile must not pass without a stage (turns.cuh).
-    const auto steps_of = [](Span rows) { return max(1, (rows.count + DEPTH - 1) / DEPTH); };
-    Turns<CLUSTER, STAGES> turns{shared().turns, drawn, num_groups * row_tiles * column_tiles};
+    const int tiles = num_groups * row_tiles * column_tiles;
     const auto fetch_all = [&] {
         const X* own = SHARE_A ? b : a;
         const X* common = SHARE_A ? a : b;
@@ -853,33 +842,27 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         // Row numbers are looked up STAGES steps ahead, into the next tiles: a tile that began with its own would
         // leave the stages empty.
         Span ahead = {0, 0};
-        int ahead_turn = 0, ahead_step = 0, ahead_steps = 0;
+        int ahead_tile = first_tile(), ahead_k = 0;
         const auto look_ahead = [&](int stage) {
-            if (ahead_step == ahead_steps) {
-                const int at = turns.tile(ahead_turn++);
-                const bool there = at < turns.tiles;
-                ahead = there ? rows_of(at / (row_tiles * column_tiles)) : Span{0, 0};
-                ahead_steps = there ? steps_of(ahead) : NO_MORE;
-                ahead_step = 0;
-            }
-            const int k = ahead_step++ * DEPTH;
-            if (k < ahead.count) GatheredColumns::look_up(stage, index + ahead.begin, k, ahead.count);
+            for (; ahead_k >= ahead.count && ahead_tile < tiles; ahead_k = 0, ahead_tile += tile_stride())
+                ahead = rows_of(ahead_tile / (row_tiles * column_tiles));
+            if (ahead_k < ahead.count) GatheredColumns::look_up(stage, index + ahead.begin, ahead_k, ahead.count);
             commit_copies();
+            ahead_k += DEPTH;
         };
         if (GATHER)
             for (int stage = 0; stage < STAGES; ++stage) look_ahead(stage);
         GatheredColumns gathered;
         Ring ring;
-        for (int turn = 0, at; (at = turns.tile(turn)) < turns.tiles; ++turn) {
-            const int drawn_tile = threadIdx.x == 0 ? turns.draw() : 0;
+        for (int at = first_tile(); at < tiles; at += tile_stride()) {
             const Part tile = find(at);
             const int own_first = SHARE_A ? tile.first_column : tile.first_row;
             const int common_first = SHARE_A ? tile.first_row : tile.first_column;
             if (GATHER) gathered.start(own, own_columns, own_first, tile.rows.count);
-            for (int step = 0; step < steps_of(tile.rows); ++step, ring.advance()) {
+            for (int k = 0; k < tile.rows.count; k += DEPTH, ring.advance()) {
                 // The copy engine would go on into the next group's rows: a last step that is not full is the
                 // threads' affair.
-                const int left = tile.rows.count - step * DEPTH, row = tile.rows.begin + step * DEPTH;
+                const int left = tile.rows.count - k, row = tile.rows.begin + k;
                 const bool whole = left >= DEPTH;
                 wait(ring.empty(), ring.parity ^ 1);
                 if (threadIdx.x == 0) {
@@ -892,7 +875,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                 }
                 if (GATHER) gathered.copy(ring);
                 if (!whole) {
-                    const int64 first = left > 0 ? row : 0;
+                    const int64 first = row;
                     copy_last_rows<SHARED>(
                         ring.common(), common + first * common_columns, common_columns, common_first, left
                     );
@@ -904,18 +887,19 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                 arrive_after_copies(ring.full());
                 if (GATHER) look_ahead(ring.stage);
             }
-            if (threadIdx.x == 0) turns.tell(turn, drawn_tile);
         }
     };
     const auto multiply_all = [&] {
         Ring ring;
         uint32 held = 0;
-        for (int turn = 0, at; (at = turns.tile(turn)) < turns.tiles; ++turn) {
+        for (int at = first_tile(); at < tiles; at += tile_stride()) {
             const Part tile = find(at);
-            const int steps = steps_of(tile.rows);
+            const int steps = (tile.rows.count + DEPTH - 1) / DEPTH;
             const int rows = a_columns - tile.first_row, columns = b_columns - tile.first_column;
             auto* to = out + (int64(tile.group) * a_columns + tile.first_row) * b_columns + tile.first_column;
-            if (block_row(0) >= rows) {
+            if (steps == 0) {
+                if (!ACCUMULATE) clear_tile(to, rows, columns, b_columns);
+            } else if (block_row(0) >= rows) {
                 pass_tile(ring, steps, held);
             } else {
                 Sums sums;

@@ -151,14 +151,12 @@ cdef int grouped_gemm_wgrad(
     out_map.at = a_map.at  # float32 and sums are not stored by the copy engine
     if out.dtype == a.dtype and not accumulate:
         map_matrices(&out_map, out, num_groups, a_columns, b_columns, STORED)
-    cdef Array counter = space.empty((1,), INT32)  # of the tiles that were drawn (kernels/common/turns.cuh)
-    cdef uintptr_t drawn = address(counter)
-    cdef Parameter[15] params = [
+    cdef Parameter[14] params = [
         &a.data, a_map.at, &b.data, b_map.at, out_map.at, &expert_offsets.data, &index, &out.data,
-        &num_groups, &a_columns, &b_columns, &row_tiles, &column_tiles, &scale, &drawn,
+        &num_groups, &a_columns, &b_columns, &row_tiles, &column_tiles, &scale,
     ]
     return launch(
-        space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params, drawn
+        space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params, 0
     )
 
 

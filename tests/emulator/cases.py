@@ -17,35 +17,32 @@ from tests.support import NumpyKind, bits, numbers, rounded
 CASES = {}
 KIND = NumpyKind()
 DTYPE = "bfloat16"
-TOKENS = 200
-# Rows of each expert: none, fewer than a tile's half, a tile and a bit, several tiles; or hardly a step each.
-UNEVEN = (130, 0, 5, 300, 513, 65)
-SHORT = (0, 1, 0, 0, 64, 3, 65, 0, 2, 63, 1, 1, 0, 7)
-# Rows, contraction and columns, of which none fills its last tile. The second is deep enough for blocks to keep pace.
-WORK = [(UNEVEN, 136, 520), (UNEVEN, 1096, 264), (SHORT, 136, 264)]
+# Rows of each expert: none, fewer than a tile's half, a tile and a bit, several tiles; 37 rows are nobody's.
+SIZES = (130, 0, 5, 300, 513, 65)
+OFFSETS = np.cumsum([0, *SIZES])
+ROWS, TOKENS, EXPERTS = OFFSETS[-1] + 37, 200, len(SIZES)
+# Contraction and columns: neither fills its last tile. The second is deep enough for blocks to keep pace.
+WIDTHS = [(136, 520), (1096, 264)]
 
 
 def case(**options):
-    """A case by its name: the product at each size of WORK."""
+    """A case by its name: the product for all widths."""
 
     def add(function):
         label = ", ".join([function.__name__, *(f"{name}={value}" for name, value in options.items())])
-        CASES[label] = lambda: [out for work in WORK for out in function(*work, **options)]
+        CASES[label] = lambda: [out for widths in WIDTHS for out in function(*widths, **options)]
         return function
 
     return add
 
 
 class Arrays:
-    """Inputs of a product of experts with so many rows, and outputs that start as NaN. 37 rows are nobody's."""
+    """Inputs of a product, and outputs that start as NaN."""
 
-    def __init__(self, sizes, gather):
+    def __init__(self, gather):
         self.rng = np.random.default_rng(0)
-        self.experts = len(sizes)
-        self.offsets = np.cumsum([0, *sizes])
-        self.rows = self.offsets[-1] + 37
-        self.index = self.rng.integers(0, TOKENS, self.rows) if gather else np.arange(self.rows)
-        self.plan = KIND.array(self.offsets, "int32")
+        self.offsets = KIND.array(OFFSETS, "int32")
+        self.index = self.rng.integers(0, TOKENS, ROWS) if gather else np.arange(ROWS)
         self.picks = KIND.array(self.index, "int32") if gather else None
 
     def whole(self, *shape):
@@ -56,8 +53,8 @@ class Arrays:
         values = rounded(self.rng.standard_normal(shape) * scale, DTYPE)
         return values, KIND.array(values, DTYPE)
 
-    def operand(self, width, gather):
-        return (TOKENS if gather else self.rows, width)
+    def rows(self, width, gather):
+        return (TOKENS if gather else ROWS, width)
 
     def out(self, *shape, dtype=DTYPE):
         return KIND.full(shape, np.nan, dtype)
@@ -67,13 +64,13 @@ class Arrays:
 @case(gather=False, transpose_b=True)
 @case(gather=True, transpose_b=False)
 @case(gather=False, transpose_b=False)
-def grouped_gemm(sizes, inner, columns, gather, transpose_b):
-    new = Arrays(sizes, gather)
-    a, a_array = new.whole(*new.operand(inner, gather))
-    b, b_array = new.whole(new.experts, *((columns, inner) if transpose_b else (inner, columns)))
-    out = new.out(new.rows, columns)
-    call_stage(KIND, "grouped_gemm", a_array, b_array, new.plan, new.picks, transpose_b, out)
-    want = rounded(reference.grouped_gemm(a, b, new.offsets, new.index, transpose_b), DTYPE)
+def grouped_gemm(inner, columns, gather, transpose_b):
+    new = Arrays(gather)
+    a, a_array = new.whole(*new.rows(inner, gather))
+    b, b_array = new.whole(EXPERTS, *((columns, inner) if transpose_b else (inner, columns)))
+    out = new.out(ROWS, columns)
+    call_stage(KIND, "grouped_gemm", a_array, b_array, new.offsets, new.picks, transpose_b, out)
+    want = rounded(reference.grouped_gemm(a, b, OFFSETS, new.index, transpose_b), DTYPE)
     assert numbers(KIND, out).tolist() == want.tolist()
     return [out]
 
@@ -82,29 +79,30 @@ def grouped_gemm(sizes, inner, columns, gather, transpose_b):
 @case(gather="left", accumulate=False)
 @case(gather="right", accumulate=False)
 @case(gather="right", accumulate=True)
-def grouped_gemm_wgrad(sizes, left, right, gather, accumulate):
-    new = Arrays(sizes, gather != "none")
-    a, a_array = new.whole(*new.operand(left, gather == "left"))
-    b, b_array = new.whole(*new.operand(right, gather == "right"))
-    before, _ = new.whole(new.experts, left, right)
-    out = KIND.array(before, "float32") if accumulate else new.out(*before.shape)
+def grouped_gemm_wgrad(left, right, gather, accumulate):
+    new = Arrays(gather != "none")
+    a, a_array = new.whole(*new.rows(left, gather == "left"))
+    b, b_array = new.whole(*new.rows(right, gather == "right"))
+    before, out = new.whole(EXPERTS, left, right)
+    if accumulate:
+        out = KIND.array(before, "float32")
     picks = {"none": (None, None), "left": (new.picks, None), "right": (None, new.picks)}[gather]
-    call_stage(KIND, "grouped_gemm_wgrad", a_array, b_array, new.plan, *picks, out, accumulate, 0.5)
+    call_stage(KIND, "grouped_gemm_wgrad", a_array, b_array, new.offsets, *picks, out, accumulate, 0.5)
     index = {"none": (None, None), "left": (new.index, None), "right": (None, new.index)}[gather]
-    want = reference.grouped_gemm_wgrad(a, b, new.offsets, *index) / 2 + (before if accumulate else 0)
+    want = reference.grouped_gemm_wgrad(a, b, OFFSETS, *index) / 2 + (before if accumulate else 0)
     assert numbers(KIND, out).tolist() == rounded(want, "float32" if accumulate else DTYPE).tolist()
     return [out]
 
 
 @case(gather=True)
 @case(gather=False)
-def grouped_glu(sizes, hidden, width, gather):
-    new = Arrays(sizes, gather)
-    x, x_array = new.normal(*new.operand(hidden, gather))
-    w_up, w_array = new.normal(new.experts, 2 * width, hidden, scale=hidden**-0.5)
-    z, a = new.out(new.rows, 2 * width), new.out(new.rows, width)
-    call_stage(KIND, "grouped_glu", x_array, w_array, new.plan, new.picks, "swiglu", z, a)
-    wanted = reference.grouped_glu(x, w_up, new.offsets, new.index, "swiglu")
+def grouped_glu(hidden, width, gather):
+    new = Arrays(gather)
+    x, x_array = new.normal(*new.rows(hidden, gather))
+    w_up, w_array = new.normal(EXPERTS, 2 * width, hidden, scale=hidden**-0.5)
+    z, a = new.out(ROWS, 2 * width), new.out(ROWS, width)
+    call_stage(KIND, "grouped_glu", x_array, w_array, new.offsets, new.picks, "swiglu", z, a)
+    wanted = reference.grouped_glu(x, w_up, OFFSETS, new.index, "swiglu")
     for got, want, name in zip((z, a), wanted, ("z", "a"), strict=True):
         assert_rounded_once(numbers(KIND, got), want, DTYPE, name)
     return [z, a]
@@ -112,18 +110,18 @@ def grouped_glu(sizes, hidden, width, gather):
 
 @case(gather=True)
 @case(gather=False)
-def grouped_glu_backward(sizes, hidden, width, gather):
-    new = Arrays(sizes, gather)
-    d_out, d_array = new.normal(*new.operand(hidden, gather))
-    w_down, w_array = new.normal(new.experts, hidden, width, scale=hidden**-0.5)
-    z, z_array = new.normal(new.rows, 2 * width)
-    weights = rounded(new.rng.random(new.rows), "float32")
-    dz, pa, dp = new.out(*z.shape), new.out(new.rows, width), new.out(new.rows, dtype="float32")
+def grouped_glu_backward(hidden, width, gather):
+    new = Arrays(gather)
+    d_out, d_array = new.normal(*new.rows(hidden, gather))
+    w_down, w_array = new.normal(EXPERTS, hidden, width, scale=hidden**-0.5)
+    z, z_array = new.normal(ROWS, 2 * width)
+    weights = rounded(new.rng.random(ROWS), "float32")
+    dz, pa, dp = new.out(*z.shape), new.out(ROWS, width), new.out(ROWS, dtype="float32")
     call_stage(
-        KIND, "grouped_glu_backward", d_array, w_array, new.plan, new.picks,
+        KIND, "grouped_glu_backward", d_array, w_array, new.offsets, new.picks,
         KIND.array(weights, "float32"), z_array, "swiglu", dz, pa, dp,
     )  # fmt: skip
-    wanted = reference.grouped_glu_backward(d_out, w_down, new.offsets, new.index, weights, z, "swiglu")
+    wanted = reference.grouped_glu_backward(d_out, w_down, OFFSETS, new.index, weights, z, "swiglu")
     for got, want, name in zip((dz, pa), wanted[:2], ("dz", "pa"), strict=True):
         assert_rounded_once(numbers(KIND, got), want, DTYPE, name)
     return [dz, pa, dp]
