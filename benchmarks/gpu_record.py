@@ -3,7 +3,7 @@
     python benchmarks/gpu_record.py [--results DIR] [STEP ...]
 
 Steps: every test that needs a GPU, compute-sanitizer's memcheck, racecheck and initcheck over a small selection
-(tests/cuda/sanitize.py), host time, memory kept. After each step gpu_tests.json is written, so that a run
+(tests/cuda/layers.py), host time, memory kept. After each step gpu_tests.json is written, so that a run
 that is cut short leaves what it had. Steps named alone are merged into a record of the same sources on the
 same device. Exits with 1 when a step that ran did not pass.
 """
@@ -51,7 +51,7 @@ def all_steps(results: Path, scratch: Path) -> dict[str, Step]:
     }
     for tool in ("memcheck", "racecheck", "initcheck"):
         steps[tool] = Step(
-            [sanitizer(), "--tool", tool, "--error-exitcode", "99", python, "tests/cuda/sanitize.py"],
+            [sanitizer(), "--tool", tool, "--error-exitcode", "99", python, "-m", "tests.cuda.sanitize"],
             300,
             sanitizer_summary,
         )

@@ -15,6 +15,7 @@
 // Defines: A_TYPE, B_TYPE, OUT_TYPE (codes of types.cuh, none of them float64), TRANSPOSE_A, TRANSPOSE_B 0|1.
 
 #include "common/cp_async.cuh"
+#include "common/dynamic_shared.cuh"
 #include "common/epilogue.cuh"
 #include "common/mma.cuh"
 #include "common/quad.cuh"
@@ -240,9 +241,8 @@ __device__ __forceinline__ void multiply_stage(Accumulators& acc, uint32 a_at, u
 }
 
 __device__ __forceinline__ void multiply_tile(Accumulators& acc, Left& a, Right& b, int steps) {
-    extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int BYTES_A = TILE * DEPTH * sizeof(TypeA);
-    const uint32 stages = shared_address(shared), last = stages + (STAGES - 1) * STAGE_BYTES;
+    const uint32 stages = shared_address(dynamic_shared<1024>()), last = stages + (STAGES - 1) * STAGE_BYTES;
     const uint32 a_origin = Left::origin(warp_row()), b_origin = BYTES_A + Right::origin(warp_column());
     const auto copy = [&](int step, uint32 stage) {
         if (step < steps) {

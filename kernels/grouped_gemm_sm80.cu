@@ -13,6 +13,7 @@
 //   GLU_BACKWARD, ACTIVATION          grouped_glu_backward
 
 #include "common/cp_async.cuh"
+#include "common/dynamic_shared.cuh"
 #include "common/epilogue.cuh"
 #include "common/mma.cuh"
 #include "common/quad.cuh"
@@ -142,8 +143,7 @@ __device__ __forceinline__ int warp_column() { return threadIdx.x / 32 % WARP_CO
 
 template <class A, class B>
 __device__ __forceinline__ void multiply_tile(Accumulators& acc, A& a, B& b, int contraction) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    const uint32 stages = shared_address(shared);
+    const uint32 stages = shared_address(dynamic_shared<128>());
     const int steps = (contraction + DEPTH - 1) / DEPTH, row = warp_row(), column = warp_column();
     uint32 fragments_a[2][4][4], fragments_b[2][4][4];
     const auto load = [&](int buffer, uint32 stage, int k) {

@@ -66,7 +66,7 @@ struct Shared {
 };
 
 __device__ __forceinline__ Shared& shared() {
-    return *reinterpret_cast<Shared*>(dynamic_shared() + STAGES * STAGE_BYTES + CONSUMERS * BUFFER_BYTES);
+    return *reinterpret_cast<Shared*>(dynamic_shared<ATOM_BYTES>() + STAGES * STAGE_BYTES + CONSUMERS * BUFFER_BYTES);
 }
 
 // A place in the ring of stages, the same for who fills and who reads.
@@ -80,7 +80,9 @@ struct Ring {
     }
     __device__ __forceinline__ uint32 full() const { return shared_address(shared().full + stage); }
     __device__ __forceinline__ uint32 empty() const { return shared_address(shared().empty + stage); }
-    __device__ __forceinline__ uint32 own() const { return shared_address(dynamic_shared()) + stage * STAGE_BYTES; }
+    __device__ __forceinline__ uint32 own() const {
+        return shared_address(dynamic_shared<ATOM_BYTES>()) + stage * STAGE_BYTES;
+    }
     __device__ __forceinline__ uint32 common() const { return own() + OWN_BYTES; }
     // where this block's part of the shared operand goes, in all blocks
     __device__ __forceinline__ uint32 common_part() const {
@@ -336,7 +338,7 @@ struct Buffers {
         const int i = used++ % BUFFERS;
         const uint32 at = i < BUFFERS_OF_STAGE
             ? stage.own() + (consumer() * BUFFERS_OF_STAGE + i) * BUFFER_BYTES
-            : shared_address(dynamic_shared()) + STAGES * STAGE_BYTES + consumer() * BUFFER_BYTES;
+            : shared_address(dynamic_shared<ATOM_BYTES>()) + STAGES * STAGE_BYTES + consumer() * BUFFER_BYTES;
         return at + warp() % 4 * (BUFFER_BYTES / 4);
     }
 };
@@ -719,7 +721,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         Ring before;
 #pragma unroll 1
         for (int i = 0; i < PIECES; ++i, shift_piece(sums), ring.advance()) {
-            X* piece = reinterpret_cast<X*>(dynamic_shared() + ring.stage * STAGE_BYTES);
+            X* piece = reinterpret_cast<X*>(dynamic_shared<ATOM_BYTES>() + ring.stage * STAGE_BYTES);
             wait(ring.full(), ring.parity);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

@@ -4,6 +4,7 @@
 // One warp takes a token; lane i holds the experts i, i + 32, i + 64, ...
 //
 // Compiled with -DW_TYPE= the router's type (float or double) and -DEXPERTS_PER_LANE= at least E / 32.
+#include "common/dynamic_shared.cuh"
 #include "common/order.cuh"
 #include "common/placement.cuh"
 #include "common/types.cuh"
@@ -242,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     const Router router, const Slots slots, const W* logits, const float* expert_bias,
     const unsigned char* valid_mask, int* topk_idx, W* topk_weights, const Sums sums, const Plan<W> plan
 ) {
-    extern __shared__ uint16 next[];
+    uint16* next = reinterpret_cast<uint16*>(dynamic_shared<2>());
     __shared__ W block_scores[32 * N];
     __shared__ int block_counts[32 * N];
     __shared__ W warp_losses[WARPS][2];
@@ -374,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1) route_plan(
     const Router router, const Slots slots, const int* topk_idx, const W* topk_weights, const Sums sums,
     const Plan<W> plan
 ) {
-    extern __shared__ uint16 next[];
+    uint16* next = reinterpret_cast<uint16*>(dynamic_shared<2>());
     if (blockIdx.x == gridDim.x - 1) return add_up<PLAN_THREADS>(router, sums, slots.chunks);
     place_chunk<PLAN_THREADS>(slots, blockIdx.x, topk_idx, topk_weights, sums.counts, plan, next);
 }

@@ -5,6 +5,7 @@
 // `sort_select` takes its pick of them.
 //
 // Compiled with -DW_TYPE= the weights' type (float or double).
+#include "common/dynamic_shared.cuh"
 #include "common/order.cuh"
 #include "common/placement.cuh"
 #include "common/types.cuh"
@@ -37,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sort_count(
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sort_place(
     const Slots slots, const int* topk_idx, const W* topk_weights, const int* counts, const Plan<W> plan
 ) {
-    extern __shared__ uint16 next[];
+    uint16* next = reinterpret_cast<uint16*>(dynamic_shared<2>());
     place_chunk<THREADS>(slots, blockIdx.x, topk_idx, topk_weights, counts, plan, next);
 }
 

@@ -1,6 +1,7 @@
-"""Run the Hopper kernels on NumPy arrays, on a CPU: their sources compiled as C++ for the machine of machine.h.
+"""Run the kernels on NumPy arrays, on a CPU: their sources compiled as C++ for the machine of machine.h.
 
-``install()`` puts it in the place of the driver and the compiler, for the rest of the process.
+``prepare()`` makes a folder to compile in; ``install()`` puts it in the place of the driver and the compiler, for the
+rest of the process.
 """
 
 import ctypes
@@ -22,8 +23,7 @@ MULTIPROCESSORS = 4  # two clusters
 # Fibers are changed by longjmp, from stack to stack, which a fortified library takes for an error.
 OPTIONS = (
     "-std=c++17",
-    "-O2",
-    "-shared",
+    "-O1",
     "-fPIC",
     "-w",
     "-Wno-psabi",
@@ -45,15 +45,15 @@ CuTensorMapEncodeTiled = ctypes.CFUNCTYPE(
     *[ctypes.POINTER(ctypes.c_uint)] * 2,
     *[ctypes.c_int] * 4,
 )
-Launch = ctypes.CFUNCTYPE(None, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p)
+Launch = ctypes.CFUNCTYPE(None, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p)
 
 
 @CuLaunchKernel
-def launch_kernel(function, grid, grid_y, _grid_z, threads, *rest):
-    if grid_y != 1:
+def launch_kernel(function, grid_x, grid_y, grid_z, threads, *rest):
+    if grid_z != 1 or rest[0] != 1 or rest[1] != 1:
         return 1  # CUDA_ERROR_INVALID_VALUE
     parameters = rest[4]
-    Launch(function)(grid, threads, parameters)
+    Launch(function)(grid_x, grid_y, threads, parameters)
     return 0
 
 
@@ -115,32 +115,55 @@ CUPY = SimpleNamespace(
 )
 
 
-def install(folder, broken=()):
-    """Compile in ``folder``, which may hold what was compiled before. ``broken``: (text of a source, another)."""
-    sources = Path(folder, "sources")
-    sources.parent.mkdir(exist_ok=True)
-    shutil.copytree(kernel_directory(), sources, dirs_exist_ok=True)
-    shutil.copytree(HERE / "common", sources / "common", dirs_exist_ok=True)
-    if broken:
-        old, new = broken
-        kernel = sources / "grouped_gemm_sm90.cu"
-        assert kernel.read_text().count(old) == 1, f"{old!r} is not, or not once, in {kernel.name}"
-        kernel.write_text(kernel.read_text().replace(old, new))
+def prepare(folder):
+    """Copy the sources and this machine to ``folder``, which is to hold what is compiled. The sources' folder."""
+    shutil.copy(HERE / "machine.h", folder)
+    # GCC finds it beside the header, and compiles the kernels in half of the time
+    compile_source(folder / "machine.h", folder / "machine.h.gch", "-x", "c++-header")
+    return copy_sources(folder / "sources")
+
+
+def copy_sources(target):
+    shutil.copytree(kernel_directory(), target)
+    shutil.copytree(HERE / "common", target / "common", dirs_exist_ok=True)
+    return target
+
+
+def break_sources(target, file, old, new):
+    """A copy of the sources in which text of a file is replaced."""
+    copy_sources(target)
+    text = (target / file).read_text()
+    assert text.count(old) == 1, f"{old!r} is not, or not once, in {file}"
+    (target / file).write_text(text.replace(old, new))
+    return target
+
+
+def compile_source(source, target, *options):
+    """Another process may be at the same."""
+    made = target.with_suffix(f".{os.getpid()}")
+    subprocess.run(["c++", *OPTIONS, *options, "-o", str(made), str(source)], check=True)
+    made.replace(target)
+
+
+def install(sources):
+    """Compile kernels of ``sources``, into the folder around it."""
+    sources = Path(sources)
+    folder = sources.parent
+    headers = [path.read_bytes() for path in sorted((sources / "common").iterdir())]
 
     def load_function(file, entry, defines, _device_id, _dynamic_smem):
-        name = hashlib.sha256(repr((file, entry, defines, broken)).encode()).hexdigest()[:16]
-        library, source = Path(folder, f"{name}.so"), Path(folder, f"{name}.cpp")
+        what = repr((file, entry, defines)).encode()
+        name = hashlib.sha256(b"".join([what, (sources / file).read_bytes(), *headers])).hexdigest()[:16]
+        library, source = folder / f"{name}.so", folder / f"{name}.{os.getpid()}.cpp"
         clustered = "true" if file.endswith("_sm90.cu") else "false"
         if not library.exists():
             source.write_text(
                 f'#include "machine.h"\n#include "{file}"\n'
-                'extern "C" void launch(unsigned grid, unsigned threads, void** parameters) {\n'
-                f"    machine::launch({entry}, grid, threads, {clustered}, parameters);\n}}\n"
+                'extern "C" void launch(unsigned grid_x, unsigned grid_y, unsigned threads, void** parameters) {\n'
+                f"    machine::launch({entry}, {{grid_x, grid_y, 1}}, threads, {clustered}, parameters);\n}}\n"
             )
-            includes = (f"-I{HERE}", f"-I{sources}", *(f"-D{define}" for define in defines))
-            made = library.with_suffix(".new")
-            subprocess.run(["c++", *OPTIONS, *includes, "-o", str(made), str(source)], check=True)
-            made.rename(library)
+            includes = (f"-I{sources}", f"-I{folder}")
+            compile_source(source, library, "-shared", *includes, *(f"-D{define}" for define in defines))
         loaded = ctypes.CDLL(str(library))
         return loaded, ctypes.cast(loaded.launch, ctypes.c_void_p).value
 

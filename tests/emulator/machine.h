@@ -1,4 +1,4 @@
-// A GPU in one thread of a CPU, for kernels compiled as C++: every thread of the grid is a fiber.
+// A GPU in one thread of a CPU, for kernels compiled as C++: every thread of a block is a fiber.
 //
 // The order in which warps run is random, and so is when an asynchronous copy, store or product happens: any time
 // between its issue and the wait for it. Shared memory that a copy will write is filled with NaN when the copy is
@@ -39,8 +39,13 @@
 #define __shared__ static  // of the one block that runs, where it is used
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
+using std::exp;
+using std::fabs;
+using std::log;
+using std::log1p;
 using std::max;
 using std::min;
+using std::tanh;
 
 struct Index {
     unsigned x, y, z;
@@ -122,7 +127,7 @@ struct Warpgroup {
 };
 
 struct Block {
-    unsigned index = 0;
+    Index index{};
     unsigned char* shared = nullptr;
     std::map<uint32_t, Barrier> barriers;  // by address
     Meeting meetings[16];
@@ -170,7 +175,6 @@ struct Thread {
     Block* block;
     bool started = false, ended = false;
     jmp_buf state;
-    std::unique_ptr<char[]> stack;
     std::deque<Copy> copies;
     unsigned long copy_group = 0;
     std::vector<Store> stores;
@@ -188,6 +192,7 @@ struct Thread {
 inline std::vector<Block> blocks;
 inline std::vector<Meeting> clusters;
 inline std::vector<Thread> threads;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // of the threads
 inline std::vector<std::function<void()>> loads;  // boxes on their way to shared memory
 inline Thread* self;
 inline jmp_buf scheduler;
@@ -207,7 +212,7 @@ inline void yield() {
 [[noreturn]] inline void stop(const char* why) {
     fprintf(stderr, "%s (block %u, thread %u)\n", why, blockIdx.x, threadIdx.x);
     for (const Block& b : blocks) {
-        fprintf(stderr, "block %u, barriers (address: arrivals and bytes missing, phases ended):", b.index);
+        fprintf(stderr, "block %u, barriers (address: arrivals and bytes missing, phases ended):", b.index.x);
         for (const auto& [address, barrier] : b.barriers)
             fprintf(stderr, " %u: %d, %ld, %lu;", address, barrier.missing, barrier.bytes, barrier.phase);
         fprintf(stderr, " live threads by warp:");
@@ -243,14 +248,15 @@ inline void begin_thread() {
 inline void resume(Thread& thread) {
     self = &thread;
     threadIdx = {thread.index, 0, 0};
-    blockIdx = {thread.block->index, 0, 0};
+    blockIdx = thread.block->index;
     if (_setjmp(scheduler) != 0) return;
     if (thread.started) _longjmp(thread.state, 1);
     thread.started = true;
-    if (!thread.stack) thread.stack.reset(new char[STACK_BYTES]);
+    auto& stack = stacks[&thread - threads.data()];
+    if (!stack) stack.reset(new char[STACK_BYTES]);
     ucontext_t start;
     getcontext(&start);
-    start.uc_stack.ss_sp = thread.stack.get();
+    start.uc_stack.ss_sp = stack.get();
     start.uc_stack.ss_size = STACK_BYTES;
     start.uc_link = nullptr;
     makecontext(&start, begin_thread, 0);
@@ -284,19 +290,20 @@ inline void run_some_asynchronous_work() {
             if (chance(20)) warpgroup.run_first();
 }
 
-// Blocks from `first` on, and their threads.
-inline void lay_out(unsigned first, unsigned count, unsigned block_threads) {
+// These blocks and their threads.
+inline void lay_out(const Index* indices, unsigned count, unsigned block_threads) {
     blocks.clear();
     blocks.resize(count);
     clusters.assign(count / CLUSTER, {});
     threads.clear();
     threads.resize(count * block_threads);
+    if (stacks.size() < threads.size()) stacks.resize(threads.size());
     loads.clear();
     static std::vector<unsigned char> memory;
     memory.assign(count * SHARED_BYTES + 1024, 0xff);
     unsigned char* aligned = memory.data() + (1024 - uintptr_t(memory.data()) % 1024);
     for (unsigned i = 0; i < count; ++i) {
-        blocks[i].index = first + i;
+        blocks[i].index = indices[i];
         blocks[i].shared = aligned + i * SHARED_BYTES;
         blocks[i].warps.resize(block_threads / WARP);
         blocks[i].warpgroups.resize(block_threads / WARPGROUP_THREADS);
@@ -340,15 +347,19 @@ inline void run_all() {
     }
 }
 
-// Blocks in clusters all run at the same time, others one after the other.
-inline void run_grid(unsigned grid, unsigned block_threads, bool clustered) {
+// Blocks in clusters all run at the same time, others one after the other, in any order.
+inline void run_grid(Index grid, unsigned block_threads, bool clustered) {
     const char* seed = getenv("FFMOE_EMULATOR_SEED");
     random_numbers.seed(seed == nullptr ? 0 : atoi(seed));
-    gridDim = {grid, 1, 1};
+    gridDim = grid;
     blockDim = {block_threads, 1, 1};
-    const unsigned together = clustered ? grid : 1;
-    for (unsigned first = 0; first < grid; first += together) {
-        lay_out(first, together, block_threads);
+    std::vector<Index> indices;
+    for (unsigned y = 0; y < grid.y; ++y)
+        for (unsigned x = 0; x < grid.x; ++x) indices.push_back({x, y, 0});
+    if (!clustered) std::shuffle(indices.begin(), indices.end(), random_numbers);
+    const unsigned together = clustered ? indices.size() : 1;
+    for (unsigned first = 0; first < indices.size(); first += together) {
+        lay_out(&indices[first], together, block_threads);
         run_all();
     }
 }
@@ -358,7 +369,7 @@ std::function<void()> call(void (*entry)(P...), void** parameters, std::index_se
     return [=] { entry(*static_cast<std::remove_const_t<P>*>(parameters[I])...); };
 }
 template <class... P>
-void launch(void (*entry)(P...), unsigned grid, unsigned block_threads, bool clustered, void** parameters) {
+void launch(void (*entry)(P...), Index grid, unsigned block_threads, bool clustered, void** parameters) {
     kernel = call(entry, parameters, std::index_sequence_for<P...>());
     run_grid(grid, block_threads, clustered);
 }
@@ -390,10 +401,35 @@ template <class T> T __shfl_up_sync(unsigned, T value, unsigned distance) {
 template <class T> T __shfl_sync(unsigned, T value, unsigned lane) {
     return machine::value_of<T>(machine::exchange(machine::bits_of(value))[lane % machine::WARP]);
 }
-// The kernels under test do without these.
-int __reduce_add_sync(unsigned, int);
-unsigned __reduce_max_sync(unsigned, unsigned);
-int __reduce_min_sync(unsigned, int);
+// The value of all lanes' that `combine` makes of them.
+template <class T, class Combine> T reduced(T value, Combine combine) {
+    const uint64_t* values = machine::exchange(machine::bits_of(value));
+    T all = machine::value_of<T>(values[0]);
+    for (unsigned i = 1; i < machine::WARP; ++i) all = combine(all, machine::value_of<T>(values[i]));
+    return all;
+}
+inline int __reduce_add_sync(unsigned, int value) { return reduced(value, std::plus<int>()); }
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+    return reduced(value, [](unsigned a, unsigned b) { return max(a, b); });
+}
+inline int __reduce_min_sync(unsigned, int value) {
+    return reduced(value, [](int a, int b) { return min(a, b); });
+}
+// The lanes whose value `agrees`.
+template <class T, class Agrees> unsigned lanes_that(T value, Agrees agrees) {
+    const uint64_t* values = machine::exchange(machine::bits_of(value));
+    unsigned lanes = 0;
+    for (unsigned i = 0; i < machine::WARP; ++i) lanes |= unsigned(agrees(machine::value_of<T>(values[i]))) << i;
+    return lanes;
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+    return lanes_that(value, [](bool other) { return other; });
+}
+inline unsigned __match_any_sync(unsigned, int value) {
+    return lanes_that(value, [&](int other) { return other == value; });
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(bits); }
 
 template <class T> T atomicAdd(T* at, T value) {
     ++machine::progress;
@@ -407,4 +443,7 @@ inline long long clock64() {
 }
 inline float __uint_as_float(unsigned bits) { return machine::value_of<float>(bits); }
 inline unsigned __float_as_uint(float value) { return unsigned(machine::bits_of(value)); }
+inline float __int_as_float(int bits) { return machine::value_of<float>(unsigned(bits)); }
+inline double __longlong_as_double(long long bits) { return machine::value_of<double>(uint64_t(bits)); }
+inline long long __double_as_longlong(double value) { return (long long)(machine::bits_of(value)); }
 inline float __fdividef(float a, float b) { return a / b; }

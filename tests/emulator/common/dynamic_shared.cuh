@@ -1,4 +1,4 @@
 // See kernels/common/dynamic_shared.cuh.
 #pragma once
 
-inline unsigned char* dynamic_shared() { return machine::shared(0); }
+template <int alignment> unsigned char* dynamic_shared() { return machine::shared(0); }

@@ -1,7 +1,7 @@
-"""``python -m tests.emulator.cases FOLDER SCHEDULES CASE [OLD NEW]``: one product, under several schedules.
+"""``python -m tests.emulator.products SOURCES SCHEDULES CASE``: one of Hopper's products, under several schedules.
 
-Each must give the reference's numbers, and all of them the same bits. FOLDER keeps what is compiled. With OLD and NEW
-the kernel is broken first: text of its source is replaced.
+Each must give the reference's numbers, and all of them the same bits. SOURCES are in a folder that keeps what is
+compiled.
 """
 
 import sys
@@ -127,8 +127,8 @@ def grouped_glu_backward(hidden, width, gather):
     return [dz, pa, dp]
 
 
-def main(folder, schedules, name, *broken):
-    emulator.install(folder, broken)
+def main(sources, schedules, name):
+    emulator.install(sources)
     first = None
     for seed in range(int(schedules)):
         emulator.set_seed(seed)

@@ -1,0 +1,92 @@
+"""The emulated GPU sees what it is there to see: kernels that are broken on purpose."""
+
+import pytest
+
+from tests.emulator import emulator
+from tests.emulator.processes import run
+
+SCHEDULES = 4
+
+# Which file, what is taken away there, or changed; a case that must see it; what is said then.
+BROKEN = {
+    "threads that nobody waits for": (
+        "grouped_gemm_sm90.cu",
+        "        if (!GATHER && threadIdx.x > 0) return;\n",
+        "",
+        ("products", "grouped_gemm, gather=False, transpose_b=True"),
+        "nothing happens any more",
+    ),
+    "a stage that is let go while it is multiplied": (
+        "grouped_gemm_sm90.cu",
+        "        wait_for_products<1>();\n",
+        "",
+        ("products", "grouped_glu, gather=True"),
+        "AssertionError",
+    ),
+    "a buffer that is written to while it is stored": (
+        "grouped_gemm_sm90.cu",
+        "                wait_for_reads<1>();\n",
+        "",
+        ("products", "grouped_glu_backward, gather=True"),
+        "AssertionError",
+    ),
+    "a last stage that is overwritten while the other warpgroup reads it": (
+        "grouped_gemm_sm90.cu",
+        "        meet_multipliers(rows);\n",
+        "",
+        ("products", "grouped_gemm_wgrad, gather=left, accumulate=False"),
+        "AssertionError",
+    ),
+    "row numbers that are read before they have come": (
+        "grouped_gemm_sm90.cu",
+        "        wait_for_copies<STAGES - 1>();\n",
+        "        wait_for_copies<STAGES>();\n",
+        ("products", "grouped_gemm_wgrad, gather=left, accumulate=False"),
+        "AssertionError",
+    ),
+    "one arrival too many": (
+        "grouped_gemm_sm90.cu",
+        "    if (lane() < CLUSTER) arrive(empty, lane());\n",
+        "    if (lane() < CLUSTER) arrive(empty, lane());\n    if (lane() == 0) arrive(empty, 0);\n",
+        ("products", "grouped_gemm, gather=False, transpose_b=True"),
+        "more arrivals than it waits for",
+    ),
+    "a stage that is read before it has come": (
+        "grouped_gemm_sm80.cu",
+        "    wait_for_copies<STAGES - 2>();\n    __syncthreads();\n",
+        "    wait_for_copies<STAGES - 1>();\n    __syncthreads();\n",
+        ("layers", "bfloat16", "portable"),
+        "AssertionError",
+    ),
+    "a stage that is overwritten while others read it": (
+        "dense_gemm.cu",
+        "        __syncthreads();  // and every warp has left the stage before this one: the next to be filled\n",
+        "        __syncwarp();\n",
+        ("layers", "float32, groups", "own"),
+        "AssertionError",
+    ),
+    "ranks that are moved on while other warps read them": (
+        "common/placement.cuh",
+        "        __syncthreads();\n        // the last warp's next",
+        "        // the last warp's next",
+        ("layers", "bfloat16, rows past one tile", "own"),
+        "",  # rows out of bounds: it crashes
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(sources, pool):
+    def outcome(what, change, case):
+        broken = emulator.break_sources(sources.with_name(what), *change)
+        return run(case[0], broken, SCHEDULES, *case[1:])
+
+    return {what: pool.submit(outcome, what, change, case) for what, (*change, case, _) in BROKEN.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_kernel_is_seen(outcomes, what):
+    output, code = outcomes[what].result()
+    assert code != 0
+    assert BROKEN[what][-1] in output, output
