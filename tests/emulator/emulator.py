@@ -31,6 +31,11 @@ OPTIONS = (
     "-U_FORTIFY_SOURCE",
 )
 
+# FFMOE_ASAN=1: accesses outside of arrays are errors. Stacks are left out, which fibers would confuse.
+ASAN = os.environ.get("FFMOE_ASAN") == "1"
+if ASAN:
+    OPTIONS += ("-g1", "-fsanitize=address", "--param=asan-stack=0", "--param=asan-globals=0")
+
 CuLaunchKernel = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
 CuMemsetD32Async = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
