@@ -29,6 +29,26 @@ cdef int check_shape(
     raise ShapeError(f"{name} has shape {array.shape}; expected {symbols} = ({wanted})")
 
 
+cdef int check_widths(Array array, str name, str symbols) except -1:
+    """No width but the first, which counts rows or tokens, is 0."""
+    cdef int i
+    for i in range(1, array.ndim):
+        if array.dims[i] == 0:
+            raise ShapeError(f"{name} has shape {array.shape}; expected {symbols} with widths of at least 1")
+    return 0
+
+
+cdef int check_apart(Array out, str name, Array other, str other_name) except -1:
+    """An output that does not overlap an input: some of it is written before all of that is read."""
+    cdef int64_t size = out.nbytes, other_size = other.nbytes
+    if (
+        out.device_type == other.device_type and out.device_id == other.device_id and size > 0 and other_size > 0
+        and out.data < other.data + other_size and other.data < out.data + size
+    ):
+        raise LayoutError(f"{name} overlaps {other_name} in memory; pass another array, or none")
+    return 0
+
+
 cdef int check_device(Array array, str name, Array other, str other_name) except -1:
     if array.device_type != other.device_type or array.device_id != other.device_id:
         raise DeviceError(f"{name} is on {array.device} but {other_name} is on {other.device}; move one of them")
@@ -69,19 +89,20 @@ cdef int check_sums(object obj, Array out, str name, Array other, str other_name
     """An array for sums of products of ``other``: in its dtype or theirs, and not read-only."""
     check_device(out, name, other, other_name)
     check_dtype(out, name, (other.dtype, router_dtype(other)))
-    return check_writable(obj, name)
+    return check_writable(obj, out, name)
 
 
 cdef int check_output(object obj, Array out, str name, Array other, str other_name) except -1:
     """An ``out=`` array: like ``other``, and not read-only."""
     check_like(out, name, other, other_name)
-    return check_writable(obj, name)
+    return check_writable(obj, out, name)
 
 
-cdef int check_writable(object obj, str name) except -1:
-    flags = getattr(obj, "flags", None)
-    if flags is not None and not getattr(flags, "writeable", True):
-        raise LayoutError(f"{name} is read-only; pass an array that can be written")
+cdef int check_writable(object obj, Array array, str name) except -1:
+    """``array`` is the view of ``obj``, through an array of its own for what only speaks DLPack."""
+    for holder in (obj, array.owner):
+        if not getattr(getattr(holder, "flags", None), "writeable", True):
+            raise LayoutError(f"{name} is read-only; pass an array that can be written")
     return 0
 
 

@@ -9,6 +9,7 @@ ACTIVATIONS = ("swiglu", "geglu", "relu_squared")
 GATINGS = ("softmax", "sigmoid")
 DROP_POLICIES = ("position", "probs")
 MAX_EXPERTS = 1024
+MOST = 2**31 - 1  # of anything that is counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,8 @@ class MoEConfig:
             )
         _check_int("num_experts", self.num_experts, 1, MAX_EXPERTS)
         _check_int("top_k", self.top_k, 1, self.num_experts, "num_experts")
+        for name in ("norm_topk_prob", "allow_dropped_tokens", "recompute_activations"):
+            _check_bool(name, getattr(self, name))
         _check_choice("activation", self.activation, ACTIVATIONS)
         _check_choice("gating", self.gating, GATINGS)
         _check_choice("drop_policy", self.drop_policy, DROP_POLICIES)
@@ -119,7 +122,8 @@ class MoEConfig:
         """Most rows an expert may take of ``num_tokens`` tokens, or None where nothing bounds it."""
         if self.capacity_factor is None:
             return self.max_tokens_per_expert
-        share = math.ceil(self.capacity_factor * num_tokens * self.top_k / self.num_experts)
+        most = num_tokens * self.top_k
+        share = math.ceil(min(self.capacity_factor * most / self.num_experts, most))
         return share if self.max_tokens_per_expert is None else min(share, self.max_tokens_per_expert)
 
 
@@ -131,19 +135,31 @@ def needs_logits(gating: str, norm_topk_prob: bool, aux_loss_coeff: float, z_los
     return gating != "softmax" or not norm_topk_prob or aux_loss_coeff > 0 or z_loss_coeff > 0
 
 
-def _check_int(name: str, value: object, low: int, high: int | None = None, high_name: str = "") -> None:
+def _check_int(name: str, value: object, low: int, high: int = MOST, high_name: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name}={value!r} must be an int")
-    if value < low or (high is not None and value > high):
-        upper = "" if high is None else f" and at most {f'{high_name}={high}' if high_name else high}"
-        raise ConfigError(f"{name}={value} must be at least {low}{upper}")
+    if not low <= value <= high:
+        upper = f"{high_name}={high}" if high_name else high
+        raise ConfigError(f"{name}={value} must be at least {low} and at most {upper}")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} must be True or False")
 
 
 def _check_float(name: str, value: object, low: float | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise ConfigError(f"{name}={value!r} must be a finite number")
     if low is not None and value < low:
         raise ConfigError(f"{name}={value} must be at least {low:g}")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond all floats
+        return False
 
 
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -40,7 +40,10 @@ class ExpertParallelResult(NamedTuple):
     z: Any  # [rows, 2I] pre-activations of this rank's experts, or None
 
 def expert_range(num_experts: int, ep_size: int, ep_rank: int) -> range:
-    """The experts of a rank: runs as equal as can be, the longer ones on the first ranks."""
+    """The experts of a rank: runs as equal as can be, the longer ones on the first ranks.
+
+    Raises ConfigError for a rank that is not one of ``ep_size``.
+    """
 
 class aborting(AbstractContextManager[aborting]):  # noqa: N801
     """Errors that pass, other than CommError, are reported to the other ranks of ``comm``."""
@@ -70,8 +73,8 @@ class ExpertParallel:
 
     Raises
     ------
-    ConfigError : the ranks differ in an option, which the message names with every rank's value; more ranks
-        than experts; an unknown ``loss_scope``.
+    ConfigError : the ranks differ in an option or, in the first call with a dtype, in that of x; the message names
+        it with every rank's value. More ranks than experts; an unknown ``loss_scope``.
     CommError : from any method: a rank is missing or has failed; see ``Communicator``. An error on this rank
         becomes a CommError on the others.
     """
@@ -126,7 +129,8 @@ class ExpertParallel:
     ) -> MoEGrads:
         """Every gradient of ``forward``. As ``moe_backward``; see the class for what the gradients are of.
 
-        Raises ConfigError where grad_losses is None and the losses are the group's.
+        A ``result.z`` of None is recomputed, also after ``save_for_backward=False``. Raises ConfigError where
+        grad_losses is None and the losses are the group's.
         """
 
     # --- the three parts of forward, and their gradients: for what may stand between them ---

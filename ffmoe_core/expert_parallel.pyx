@@ -76,6 +76,8 @@ class ExpertParallelResult(NamedTuple):
 
 def expert_range(num_experts, ep_size, ep_rank):
     """The experts of a rank. See expert_parallel.pyi."""
+    if not 0 <= ep_rank < ep_size:
+        raise ConfigError(f"ep_rank={ep_rank} must be at least 0 and less than ep_size={ep_size}")
     size, longer = divmod(num_experts, ep_size)
     first = ep_rank * size + min(ep_rank, longer)
     return range(first, first + size + (ep_rank < longer))
@@ -85,11 +87,8 @@ class ExpertParallel:
     """The exchanges and experts of one layer on one rank. See expert_parallel.pyi for shapes and errors."""
 
     def __init__(self, comm, config, *, layer="", loss_scope="group", agree_on=None):
-        check_config(config, MoEConfig)
-        if loss_scope not in LOSS_SCOPES:
-            raise ConfigError(
-                f"loss_scope={loss_scope!r} is unknown; known: {', '.join(map(repr, LOSS_SCOPES))}"
-            )
+        with aborting(comm):
+            check_config(config, MoEConfig)
         self.comm = comm
         self.config = config
         self.layer = layer
@@ -100,11 +99,23 @@ class ExpertParallel:
             Step("configuration", layer),
             {**asdict(config), "loss_scope": loss_scope, "timeout": comm.timeout, **(agree_on or {})},
         )
+        # what is wrong on some ranks only is an error of all by now
+        if loss_scope not in LOSS_SCOPES:
+            raise ConfigError(
+                f"loss_scope={loss_scope!r} is unknown; known: {', '.join(map(repr, LOSS_SCOPES))}"
+            )
         if config.num_experts < comm.size:
             raise ConfigError(
                 f"num_experts={config.num_experts} is less than ep_size={comm.size}: each rank needs an expert"
             )
         self.experts = expert_range(config.num_experts, comm.size, comm.rank)
+        self._dtypes = set()  # of x, that the ranks have agreed on
+
+    def agree_on_dtype(self, dtype):
+        """The ranks exchange bytes: that all mean the same by them is found out at a dtype's first call."""
+        if dtype not in self._dtypes:
+            _check_agreement(self.comm, Step("dtype of x", self.layer), {"dtype": dtype})
+            self._dtypes.add(dtype)
 
     # --- the whole layer ---
 
@@ -299,6 +310,7 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
     else:
         check_shape(tokens, "x", "[T, d_model]", T, config.d_model)
     check_gate(gate, config, tokens)
+    layer.agree_on_dtype(tokens.dtype_name)
     cdef Array bias = bias_of(expert_bias, E, tokens), mask = mask_of(valid_mask, T, tokens)
     cdef Space space = space_of(x, tokens)
     backend = backend_for(space)

@@ -91,7 +91,8 @@ def moe_backward(
     grad_losses : [3], router dtype: the gradient of ``result.losses``; the third entry (the entropy, a
         statistic) is ignored. None is zeros.
     w_up_grad, w_down_grad : float32 (float64 for float64 x), shapes of w_up and w_down: the weight's gradient
-        is added to it, unrounded, and the result has None in its place.
+        is added to it, unrounded, and the result has None in its place. After an error in the middle of the
+        call, such as OutOfMemoryError, it may have been added or not.
 
     Raises what ``moe_forward`` raises for arrays that do not fit, and UnsupportedError for what a forward
     call with ``save_for_backward=False`` left.

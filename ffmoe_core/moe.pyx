@@ -333,7 +333,7 @@ cdef Array sums_of(object buffer, str name, str symbols, Array weight):
     check_shape(array, name, symbols, weight.dims[0], weight.dims[1], weight.dims[2])
     check_device(array, name, weight, "x")
     check_dtype(array, name, (router_dtype(weight),))
-    check_writable(buffer, name)
+    check_writable(buffer, array, name)
     return array
 
 

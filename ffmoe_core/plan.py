@@ -6,6 +6,8 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
+from .errors import ShapeError
+
 
 class RoutingPlan(NamedTuple):
     """Where each (token, expert) pair stands among the rows sorted by expert.
@@ -75,9 +77,16 @@ def unpack_routing(
     """``(tokens_per_expert [E] int32, RoutingPlan)``: views into a packed block, in the block's own kind.
 
     ``routing`` is the uint8 [n] array of a MoEResult (NumPy, CuPy or torch), made for the same T, K, E.
+
+    Raises ShapeError for a block that was not.
     """
     framework = sys.modules[type(routing).__module__.partition(".")[0]]
     layout = routing_layout(num_tokens, top_k, num_experts, router_dtype)
+    if routing.shape != (layout.nbytes,):
+        raise ShapeError(
+            f"routing has shape {tuple(routing.shape)}; {num_tokens} tokens with top_k={top_k} and "
+            f"num_experts={num_experts} make ({layout.nbytes},)"
+        )
     parts = {}
     for name, field in layout.fields.items():
         size = prod(field.shape) * _itemsize(field.dtype)

@@ -9,6 +9,7 @@ from libc.stdint cimport int64_t
 from .arrays cimport FLOAT32, FLOAT64, INT32, Array, Space, space_of, view
 from .checks cimport (
     bias_of,
+    check_apart,
     check_device,
     check_dtype,
     check_finite,
@@ -18,6 +19,7 @@ from .checks cimport (
     check_rows,
     check_shape,
     check_sums,
+    check_widths,
     mask_of,
     router_dtype,
 )
@@ -72,6 +74,7 @@ def make_plan(topk_idx, topk_weights, num_experts, *, capacity=None, drop_policy
     """Sort (token, expert) pairs by expert. See stages.pyi for shapes, dtypes and errors."""
     cdef Array idx = view(topk_idx, "topk_idx")
     check_shape(idx, "topk_idx", "[T, K]", -1, -1)
+    check_widths(idx, "topk_idx", "[T, K]")
     check_dtype(idx, "topk_idx", (<int>INT32,))
     cdef int64_t T = idx.dims[0], K = idx.dims[1]
     check_rows(T, K)
@@ -103,6 +106,7 @@ def permute(x, plan, *, out=None):
     """Rows sorted by expert from tokens. See stages.pyi for shapes, dtypes and errors."""
     cdef Array tokens = view(x, "x")
     check_shape(tokens, "x", "[T, d_model]", -1, -1)
+    check_widths(tokens, "x", "[T, d_model]")
     check_floating(tokens, "x")
     cdef Array token_rows = _plan_index(plan.token_rows, "plan.token_rows", "[T, K]", tokens, "x")
     cdef Array row_token = _plan_index(plan.row_token, "plan.row_token", "[T * K]", tokens, "x")
@@ -110,8 +114,11 @@ def permute(x, plan, *, out=None):
     if token_rows.dims[0] != tokens.dims[0]:
         raise ShapeError(f"x has {tokens.dims[0]} tokens but the plan was made for {token_rows.dims[0]}")
     check_shape(row_token, "plan.row_token", "[T * K]", token_rows.dims[0] * token_rows.dims[1])
+    if offsets.dims[0] < 2:
+        raise ShapeError(f"plan.expert_offsets has {offsets.dims[0]} entries; expected [E + 1], at least 2")
     cdef Space space = space_of(x, tokens)
     cdef Array rows = _output(space, out, (row_token.dims[0], tokens.dims[1]), tokens, "x")
+    check_apart(rows, "out", tokens, "x")
     backend_for(space).permute(space, tokens, row_token, offsets, rows)
     return out if out is not None else space.export(rows)
 
@@ -122,6 +129,7 @@ def combine(rows, plan, *, weighted=True, out=None):
     cdef Array token_rows = _plan_index(plan.token_rows, "plan.token_rows", "[T, K]", source, "rows")
     cdef Array weights = None
     check_shape(source, "rows", "[T * K, d_model]", token_rows.dims[0] * token_rows.dims[1], -1)
+    check_widths(source, "rows", "[T * K, d_model]")
     check_floating(source, "rows")
     if weighted:
         weights = view(plan.topk_weights, "plan.topk_weights")
@@ -130,6 +138,7 @@ def combine(rows, plan, *, weighted=True, out=None):
         check_dtype(weights, "plan.topk_weights", (router_dtype(source),))
     cdef Space space = space_of(rows, source)
     cdef Array tokens = _output(space, out, (token_rows.dims[0], source.dims[1]), source, "rows")
+    check_apart(tokens, "out", source, "rows")
     backend_for(space).combine(space, source, token_rows, weights, tokens)
     return out if out is not None else space.export(tokens)
 
@@ -144,6 +153,8 @@ def grouped_gemm(a, b, expert_offsets, *, row_index=None, transpose_b=True, out=
         check_shape(right, "b", "[num_experts, N, K]", -1, -1, left.dims[1])
     else:
         check_shape(right, "b", "[num_experts, K, N]", -1, left.dims[1], -1)
+    check_widths(left, "a", "[rows, K]")
+    check_widths(right, "b", "[num_experts, N, K]" if transpose_b else "[num_experts, K, N]")
     check_like(right, "b", left, "a")
     _check_offsets(offsets, right.dims[0], left, "a")
     cdef Space space = space_of(a, left)
@@ -152,6 +163,8 @@ def grouped_gemm(a, b, expert_offsets, *, row_index=None, transpose_b=True, out=
     if validate:
         _check_offset_values(space, offsets, num_rows)
     cdef Array product = _output(space, out, (num_rows, right.dims[1 if transpose_b else 2]), left, "a")
+    check_apart(product, "out", left, "a")
+    check_apart(product, "out", right, "b")
     backend_for(space).grouped_gemm(space, left, right, offsets, index, bool(transpose_b), product)
     return out if out is not None else space.export(product)
 
@@ -165,6 +178,8 @@ def grouped_gemm_wgrad(
     check_shape(left, "a", "[rows, M]", -1, -1)
     check_floating(left, "a")
     check_shape(right, "b", "[rows, N]", -1, -1)
+    check_widths(left, "a", "[rows, M]")
+    check_widths(right, "b", "[rows, N]")
     check_like(right, "b", left, "a")
     _check_offsets(offsets, -1, left, "a")
     cdef Space space = space_of(a, left)
@@ -182,6 +197,8 @@ def grouped_gemm_wgrad(
         product = view(out, "out")
         check_shape(product, "out", "[num_experts, M, N]", E, M, N)
         check_sums(out, product, "out", left, "a")
+        check_apart(product, "out", left, "a")
+        check_apart(product, "out", right, "b")
     elif accumulate:
         raise ConfigError("accumulate=True needs out=, the array to add to")
     else:
@@ -230,7 +247,7 @@ cdef int _check_offsets(Array offsets, int64_t num_experts, Array like, str like
 cdef int _check_offset_values(Space space, Array offsets, int64_t num_rows) except -1:
     host = space.to_host(offsets)
     first, last = host.take([0, -1])
-    if first != 0 or (np.diff(host) < 0).any() or last > num_rows:
+    if first != 0 or (np.diff(host.astype(np.int64)) < 0).any() or last > num_rows:
         raise RoutingError(
             f"expert_offsets must start at 0, never fall, and end at most at the number of rows {num_rows}; "
             f"it starts at {first}, ends at {last}"

@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import functools
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -49,10 +51,7 @@ def communicator_for(ep_group: Any, ep_backend: str, timeout: float, device: tor
             "ep_backend='mpi' needs an mpi4py communicator as ep_group, or None for COMM_WORLD; it is a "
             f"{_kind(ep_group)}"
         )
-    if over_torch:
-        made = _made.setdefault(ep_group, {})
-    else:
-        made = _made_over_mpi.setdefault(None if ep_group is None else ep_group.handle, {})
+    made = _made.setdefault(ep_group, {}) if over_torch else _made_over(ep_group)
     key = (ep_backend, timeout)
     if key not in made:
         made[key] = _new(ep_group, ep_backend, timeout, device, f"{len(made)}")
@@ -91,7 +90,25 @@ def _kind(ep_group: Any) -> str:
 _made: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, float], Communicator]]" = (
     weakref.WeakKeyDictionary()
 )
-_made_over_mpi: dict[int | None, dict[tuple[str, float], Communicator]] = {}
+
+
+def _made_over(comm: Any) -> dict[tuple[str, float], Communicator]:
+    """What was made for an mpi4py communicator, None for COMM_WORLD; it goes with the communicator."""
+    from ffmoe_core.comm.mpi import MPI
+
+    comm = MPI.COMM_WORLD if comm is None else comm
+    made = comm.Get_attr(_mpi_key())
+    if made is None:
+        made = {}
+        comm.Set_attr(_mpi_key(), made)
+    return made
+
+
+@functools.cache
+def _mpi_key() -> int:
+    from ffmoe_core.comm.mpi import MPI
+
+    return MPI.Comm.Create_keyval()
 
 
 class StoreControl:
@@ -103,19 +120,21 @@ class StoreControl:
         ranks = "-".join(map(str, dist.get_process_group_ranks(group)))
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.distributed_c10d.PrefixStore(f"ffmoe/{group.group_name}/{ranks}/{name}", store)
+        self._lock = threading.Lock()  # a communicator's own thread may poll, too
         self._posted = 0
         self._seen = 0  # notices of anyone
         self._next = [0] * self.size  # the number of each rank's next notice
 
     def post(self, notice: str) -> None:
-        with contextlib.suppress(dist.DistError, RuntimeError):  # the store went with the rank that held it
-            self._store.set(f"{self.rank}/{self._posted}", notice)
-            self._store.add("posted", 1)
-        self._posted += 1
+        with self._lock:
+            with contextlib.suppress(dist.DistError, RuntimeError):  # the store went with the rank that held it
+                self._store.set(f"{self.rank}/{self._posted}", notice)
+                self._store.add("posted", 1)
+            self._posted += 1
 
     def poll(self) -> list[tuple[int, str]]:
         notices = []
-        with contextlib.suppress(dist.DistError, RuntimeError):
+        with self._lock, contextlib.suppress(dist.DistError, RuntimeError):
             posted = self._store.add("posted", 0)
             if posted == self._seen:
                 return []

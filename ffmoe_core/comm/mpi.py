@@ -6,6 +6,7 @@ that each rank hears from every other in each exchange.
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from ..errors import CommError, MissingDependencyError
 from .base import DEFAULT_TIMEOUT, SET_UP, WatchedCommunicator
 from .communicator import Parts, Step
 from .host import cut_by_rank, host_bytes, host_numbers, row_bytes
+from .watch import check_timeout
 
 try:
     from mpi4py import MPI
@@ -33,31 +35,32 @@ class MpiControl:
 
     def __init__(self, comm: MPI.Comm | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
         comm = MPI.COMM_WORLD if comm is None else comm
+        check_timeout(timeout)
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self._comm = _duplicate(comm, timeout)
         self._sends: list[tuple[MPI.Request, bytes]] = []
+        self._lock = threading.Lock()  # a communicator's own thread may poll, too
 
     def post(self, notice: str) -> None:
         text = notice.encode()
-        for rank in range(self.size):
-            if rank != self.rank:
-                with contextlib.suppress(
-                    MPI.Exception
-                ):  # the rank is gone, as the notice may be about to say
-                    self._sends.append((self._comm.Isend([text, MPI.BYTE], rank), text))
+        with self._lock:
+            for rank in range(self.size):
+                if rank != self.rank:
+                    # the rank may be gone, as the notice may be about to say
+                    with contextlib.suppress(MPI.Exception):
+                        self._sends.append((self._comm.Isend([text, MPI.BYTE], rank), text))
 
     def poll(self) -> list[tuple[int, str]]:
         notices = []
         status = MPI.Status()
-        try:
+        # a dead peer is an error; those who live are heard at the next look
+        with self._lock, contextlib.suppress(MPI.Exception):
             while self._comm.Iprobe(status=status):
                 text = bytearray(status.Get_count(MPI.BYTE))
                 self._comm.Recv([text, MPI.BYTE], status.Get_source())
                 notices.append((status.Get_source(), text.decode()))
             self._sends = [(request, text) for request, text in self._sends if not request.Test()]
-        except MPI.Exception:  # a dead peer; those who live are heard at the next look
-            pass
         return notices
 
 
@@ -128,13 +131,13 @@ class MpiCommunicator(WatchedCommunicator):
     ) -> "MpiTransfer":
         number = self._watch.begin(step)
         requests = []
-        for rank, memory in recvs:
-            with contextlib.suppress(MPI.Exception):  # below, a rank without a request stays missing
-                requests.append((rank, self._comm.Irecv([memory, MPI.BYTE], rank)))
-        for rank, memory in sends:
-            with contextlib.suppress(MPI.Exception):
-                requests.append((rank, self._comm.Isend([memory, MPI.BYTE], rank)))
-        dead = {rank for rank, _ in recvs + sends} - {rank for rank, _ in requests}
+        dead = set()
+        for begin, messages in ((self._comm.Irecv, recvs), (self._comm.Isend, sends)):
+            for rank, memory in messages:
+                try:
+                    requests.append((rank, begin([memory, MPI.BYTE], rank)))
+                except MPI.Exception:
+                    dead.add(rank)
         transfer = MpiTransfer(self, number, requests, dead, keep, finish)
         self._underway.add(transfer)
         return transfer

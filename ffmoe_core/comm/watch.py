@@ -25,12 +25,16 @@ FAREWELL_SECONDS = 0.2  # for the last notices to leave
 MOST_LISTENING = 1.0  # seconds of the timeout kept for listening to the others
 
 
+def check_timeout(timeout: object) -> None:
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise ConfigError(f"timeout={timeout!r} must be a number of seconds above 0")
+
+
 class Watch:
     """The deadline of every exchange of one group."""
 
     def __init__(self, control: Control, timeout: float) -> None:
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-            raise ConfigError(f"timeout={timeout!r} must be a number of seconds above 0")
+        check_timeout(timeout)
         self.control = control
         self.timeout = float(timeout)
         self._count = 0  # of exchanges: the same on every rank that is alive

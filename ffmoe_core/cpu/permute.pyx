@@ -161,10 +161,15 @@ def sort(
 def permute(Space space, Array x, Array row_token, Array expert_offsets, Array out):
     cdef int64_t row_bytes = x.dims[1] * itemsize(x.dtype), r
     cdef int64_t num_rows = (<const int32_t*>expert_offsets.data)[expert_offsets.dims[0] - 1]
+    cdef int64_t num_tokens = x.dims[0]
     cdef const int32_t* tokens = <const int32_t*>row_token.data
     cdef int threads = num_threads()
+    num_rows = max(<int64_t>0, min(num_rows, out.dims[0]))
     for r in prange(num_rows, nogil=True, num_threads=threads, schedule="static"):
-        memcpy(out.data + r * row_bytes, x.data + tokens[r] * row_bytes, row_bytes)
+        if 0 <= tokens[r] < num_tokens:
+            memcpy(out.data + r * row_bytes, x.data + tokens[r] * row_bytes, row_bytes)
+        else:
+            memset(out.data + r * row_bytes, 0, row_bytes)
     zero(out.data + num_rows * row_bytes, (out.dims[0] - num_rows) * row_bytes)
 
 
@@ -174,6 +179,7 @@ cdef struct Combine:
     const char* rows
     const int32_t* token_rows
     char* out
+    int64_t num_rows
     int64_t top_k
     int64_t hidden
     int dtype
@@ -190,7 +196,7 @@ cdef void combine_token(const Combine* job, int64_t token, const real* weights) 
         columns = min(<int64_t>COMBINE_COLUMNS, job.hidden - column)
         memset(sums, 0, columns * sizeof(real))
         for k in range(job.top_k):
-            if indices[k] < 0:
+            if not 0 <= indices[k] < job.num_rows:
                 continue
             source = job.rows + (indices[k] * job.hidden + column) * job.itemsize
             if job.itemsize < <int>sizeof(real):
@@ -206,6 +212,7 @@ def combine(Space space, Array rows, Array token_rows, Array weights, Array out)
     job.rows = rows.data
     job.token_rows = <const int32_t*>token_rows.data
     job.out = out.data
+    job.num_rows = rows.dims[0]
     job.top_k = token_rows.dims[1]
     job.hidden = rows.dims[1]
     job.dtype = rows.dtype

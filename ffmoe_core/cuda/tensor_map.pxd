@@ -3,7 +3,6 @@ from libc.stdint cimport int64_t, uint8_t
 from ..arrays cimport Array
 
 cdef enum:
-    MAP_BYTES = 128
     MAP_ALIGNMENT = 64
 
 # A tensor map, somewhere in an aligned block; ``at`` is where.

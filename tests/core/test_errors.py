@@ -21,6 +21,7 @@ from ffmoe_core import (
     permute,
     route,
     set_num_threads,
+    unpack_routing,
 )
 from tests.core.checks import run_layer
 from tests.support import NumpyKind, bits, numbers, random_layer
@@ -69,6 +70,12 @@ BAD_OPTIONS = [
     ({"capacity_factor": "1"}, ["capacity_factor='1'"]),
     ({"max_tokens_per_expert": 0}, ["max_tokens_per_expert=0", "at least 1"]),
     ({"max_tokens_per_expert": 2.5}, ["max_tokens_per_expert=2.5", "int"]),
+    ({"max_tokens_per_expert": 10**20}, ["max_tokens_per_expert=1000", "at most 2147483647"]),
+    ({"d_model": 2**31}, ["d_model=2147483648", "at most 2147483647"]),
+    ({"routed_scaling_factor": 10**400}, ["routed_scaling_factor=1000", "finite"]),
+    ({"norm_topk_prob": "False"}, ["norm_topk_prob='False'", "True or False"]),
+    ({"allow_dropped_tokens": 0}, ["allow_dropped_tokens=0", "True or False"]),
+    ({"recompute_activations": None}, ["recompute_activations=None", "True or False"]),
     ({"num_expert_groups": 2}, ["num_expert_groups=2", "topk_groups=None"]),
     ({"topk_groups": 2}, ["num_expert_groups=None", "topk_groups=2"]),
     ({"num_expert_groups": 3, "topk_groups": 2}, ["num_expert_groups=3", "divide", "num_experts=4"]),
@@ -105,6 +112,10 @@ def test_sizes_must_be_given(missing):
 def test_options_at_their_limits_are_fine(options):
     config = MoEConfig(**{**GOOD, **options})
     assert all(getattr(config, name) == value for name, value in options.items())
+
+
+def test_a_capacity_beyond_all_rows_bounds_nothing():
+    assert MoEConfig(**GOOD, capacity_factor=1e308).capacity(5) == 10
 
 
 def test_a_config_cannot_be_changed_behind_its_checks():
@@ -248,6 +259,28 @@ def test_read_only_out():
         moe_forward(**arrays, config=CONFIG)
 
 
+class OnlyDLPack:
+    """An array that says nothing of itself but through DLPack."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_read_only_out_through_dlpack():
+    values = np.zeros((3, 4), "float32")
+    values.flags.writeable = False
+    plan = make_plan(np.array([[0], [1], [0]], "int32"), np.ones((3, 1), "float32"), 2)
+    with refused(errors.LayoutError, "^out", "read-only"):
+        permute(np.ones((3, 4), "float32"), plan, out=OnlyDLPack(values))
+    assert (values == 0).all()
+
+
 @pytest.mark.parametrize("value", [[[0.0] * H] * T, 3.0, "x", None], ids=label)
 def test_no_array_at_all(kind, value):
     arrays = layer_arrays(kind)
@@ -369,6 +402,7 @@ def test_unchecked_indices_from_outside_go_nowhere(kind):
     [
         ({"topk_idx": ((6,), "int32")}, errors.ShapeError, ["^topk_idx"]),
         ({"topk_idx": ((3, 2), "int64")}, errors.DTypeError, ["^topk_idx", "int64", "int32"]),
+        ({"topk_idx": ((3, 0), "int32")}, errors.ShapeError, ["^topk_idx", "at least 1"]),
         ({"topk_weights": ((3, 3), "float32")}, errors.ShapeError, ["^topk_weights"]),
         ({"topk_weights": ((3, 2), "float16")}, errors.DTypeError, ["^topk_weights", "float16"]),
         ({"num_experts": 0}, errors.ConfigError, ["num_experts=0"]),
@@ -402,12 +436,13 @@ def test_make_plan(kind, arguments, error, words):
         ([1, 2, 3], ["starts at 1"]),
         ([0, 3, 2], ["never fall"]),
         ([0, 2, 7], ["ends at 7", "number of rows 6"]),
+        ([0, 2**31 - 1, -(2**31), -1, 3], ["never fall"]),
     ],
     ids=label,
 )
 def test_offsets_from_outside(kind, product, offsets, words):
     a = kind.full((6, 3), 1, "float32")
-    b = kind.full((2, 5, 3), 1, "float32") if product is grouped_gemm else a
+    b = kind.full((len(offsets) - 1, 5, 3), 1, "float32") if product is grouped_gemm else a
     with refused(errors.RoutingError, "^expert_offsets", *words):
         product(a, b, kind.array(offsets, "int32"))
 
@@ -421,6 +456,10 @@ WGRAD = {"a": ((6, 3), "float32"), "b": ((6, 5), "float32"), "expert_offsets": (
     [
         (grouped_gemm, "a", ((6,), "float32"), errors.ShapeError),
         (grouped_gemm, "a", ((6, 3), "int32"), errors.DTypeError),
+        (grouped_gemm, "a", ((6, 0), "float32"), errors.ShapeError),
+        (grouped_gemm, "b", ((2, 0, 3), "float32"), errors.ShapeError),
+        (grouped_gemm_wgrad, "a", ((6, 0), "float32"), errors.ShapeError),
+        (grouped_gemm_wgrad, "b", ((6, 0), "float32"), errors.ShapeError),
         (grouped_gemm, "b", ((2, 5, 4), "float32"), errors.ShapeError),
         (grouped_gemm, "b", ((5, 3), "float32"), errors.ShapeError),
         (grouped_gemm, "b", ((2, 5, 3), "float64"), errors.DTypeError),
@@ -446,6 +485,8 @@ WGRAD = {"a": ((6, 3), "float32"), "b": ((6, 5), "float32"), "expert_offsets": (
 )
 def test_grouped_products(kind, product, name, what, error):
     given = {**(GEMM if product is grouped_gemm else WGRAD), name: what}
+    if what[0] == (6, 0) and product is grouped_gemm:
+        given["b"] = ((2, 5, 0), "float32")
     with refused(error, rf"^{name}\b"):
         product(**{key: kind.full(shape, 0, dtype) for key, (shape, dtype) in given.items()})
 
@@ -480,6 +521,7 @@ def good_plan(kind):
         ("row_token", ((6, 1), "int32"), errors.ShapeError),
         ("row_token", ((5,), "int32"), errors.ShapeError),
         ("expert_offsets", ((5,), "int64"), errors.DTypeError),
+        ("expert_offsets", ((0,), "int32"), errors.ShapeError),
         ("token_rows", ((6,), "int32"), errors.ShapeError),
     ],
     ids=label,
@@ -504,6 +546,44 @@ def test_combine_by_a_plan_that_does_not_fit(kind, name, what, error):
     plan = good_plan(kind)._replace(**{name: kind.full(what[0], 0, what[1])})
     with refused(error, rf"^plan\.{name}\b"):
         combine(kind.full((6, 4), 0, "float32"), plan)
+
+
+def test_a_plan_with_numbers_from_outside_names_nothing(kind):
+    """No memory out of bounds is read or written, whatever the plan says."""
+    x = kind.full((3, 8), 1, "float32")
+    plan = good_plan(kind)
+    wild = kind.array([2**31 - 1, 3, -1, 0, 1, 2], "int32")
+    got = numbers(kind, permute(x, plan._replace(row_token=wild)))
+    assert got.tolist() == [[0.0] * 8] * 3 + [[1.0] * 8] * 3
+    for offsets, rows in (([0, 0, 0, 0, 2**31 - 1], 6), ([0, 0, 0, 0, -5], 0)):
+        got = numbers(kind, permute(x, plan._replace(expert_offsets=kind.array(offsets, "int32"))))
+        assert got.tolist() == [[1.0] * 8] * rows + [[0.0] * 8] * (6 - rows)
+    wild = kind.array([[0, 6], [-2, 1], [2**31 - 1, -(2**31)]], "int32")
+    got = numbers(kind, combine(kind.full((6, 8), 1, "float32"), plan._replace(token_rows=wild), weighted=False))
+    assert got.tolist() == [[1.0] * 8] * 2 + [[0.0] * 8]
+
+
+def test_an_output_that_is_an_input(kind):
+    plan = good_plan(kind)
+    memory = kind.full((6, 8), 0, "float32")
+    with refused(errors.LayoutError, "^out overlaps x"):
+        permute(memory[3:], plan, out=memory)
+    with refused(errors.LayoutError, "^out overlaps rows"):
+        combine(memory, plan, out=memory[:3])
+    square, offsets = kind.full((1, 8, 8), 0, "float32"), kind.array([0, 6], "int32")
+    with refused(errors.LayoutError, "^out overlaps a"):
+        grouped_gemm(memory, square, offsets, out=memory)
+    with refused(errors.LayoutError, "^out overlaps b"):
+        grouped_gemm(memory, square, offsets, out=square[0, :6])
+    rows, offsets = kind.full((8, 8), 0, "float32"), kind.array([0, 8], "int32")
+    with refused(errors.LayoutError, "^out overlaps a"):
+        grouped_gemm_wgrad(rows, rows, offsets, out=rows[None])
+
+
+def test_unpacking_the_routing_of_another_call(kind):
+    result, _ = run_layer(kind, CONFIG, random_layer(CONFIG, T, "float32"), "float32")
+    with refused(errors.ShapeError, "^routing has shape", "4 tokens with top_k=2 and num_experts=4"):
+        unpack_routing(result.routing, 4, 2, 4)
 
 
 def test_rows_or_tokens_that_are_not_the_plans(kind):

@@ -307,6 +307,30 @@ def mismatch(comm):
         assert f"rank {comm.size - 1}: {value!r}" in str(raised.value)
 
 
+@case("a wrong option on one rank")
+def wrong_option(comm):
+    scope = "world" if comm.rank == comm.size - 1 else "group"
+    if comm.size == 1:
+        with pytest.raises(ConfigError, match="loss_scope='world' is unknown"):
+            ExpertParallel(comm, BASE, loss_scope=scope)
+    else:
+        with pytest.raises(ConfigError, match="do not agree on loss_scope"):
+            ExpertParallel(comm, BASE, loss_scope=scope)
+
+
+@case("dtypes that differ")
+def mismatched_dtypes(comm):
+    group = MpiCommunicator(timeout=10)  # which will be of no more use
+    ep = ExpertParallel(group, BASE, layer="blocks.1")
+    dtype = "float16" if comm.rank > 0 else "float32"
+    x, gate = np.zeros((2, BASE.d_model), dtype), np.zeros((BASE.num_experts, BASE.d_model), dtype)
+    if comm.size == 1:
+        ep.dispatch(x, gate)
+        return
+    with pytest.raises(ConfigError, match="do not agree on dtype for blocks.1.*rank 1: 'float16'"):
+        ep.dispatch(x, gate)
+
+
 @case("more ranks than experts")
 def too_few(comm):
     config = replace(BASE, num_experts=1, top_k=1)

@@ -419,6 +419,18 @@ def autocast_and_activation_checkpointing(comm):
 
 
 @case
+def groups_that_were_freed(comm):
+    """MPI gives their handles to new ones."""
+    own = MPI.COMM_WORLD.Split(comm.rank)
+    make_layer().shard_experts(own)
+    own.Free()
+    everyone = MPI.COMM_WORLD.Dup()
+    layer = make_layer()
+    layer.shard_experts(everyone)
+    assert len(layer.w_up) == len(expert_range(layer.num_experts, comm.size, comm.rank))
+
+
+@case
 def what_cannot_work(comm):
     layer = make_layer()
     with pytest.raises(ConfigError, match="'auto', 'mpi', 'nccl', 'torch'"):
