@@ -127,7 +127,9 @@ class StoreControl:
 
     def post(self, notice: str) -> None:
         with self._lock:
-            with contextlib.suppress(dist.DistError, RuntimeError):  # the store went with the rank that held it
+            with contextlib.suppress(
+                dist.DistError, RuntimeError
+            ):  # the store went with the rank that held it
                 self._store.set(f"{self.rank}/{self._posted}", notice)
                 self._store.add("posted", 1)
             self._posted += 1

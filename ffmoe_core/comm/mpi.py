@@ -21,7 +21,7 @@ from .host import cut_by_rank, host_bytes, host_numbers, row_bytes
 from .watch import check_timeout
 
 try:
-    from mpi4py import MPI
+    from mpi4py import MPI as MPI  # for others, too: this module says what to install
 except ImportError as error:
     raise MissingDependencyError(
         f"MPI communicators need mpi4py and an MPI library ({error}): pip install 'ffmoe[mpi]'"

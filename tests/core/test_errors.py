@@ -559,7 +559,9 @@ def test_a_plan_with_numbers_from_outside_names_nothing(kind):
         got = numbers(kind, permute(x, plan._replace(expert_offsets=kind.array(offsets, "int32"))))
         assert got.tolist() == [[1.0] * 8] * rows + [[0.0] * 8] * (6 - rows)
     wild = kind.array([[0, 6], [-2, 1], [2**31 - 1, -(2**31)]], "int32")
-    got = numbers(kind, combine(kind.full((6, 8), 1, "float32"), plan._replace(token_rows=wild), weighted=False))
+    got = numbers(
+        kind, combine(kind.full((6, 8), 1, "float32"), plan._replace(token_rows=wild), weighted=False)
+    )
     assert got.tolist() == [[1.0] * 8] * 2 + [[0.0] * 8]
 
 

@@ -53,13 +53,13 @@ CASES = (
     Case("float32, one token", "float32", (1, 16, 8, 4, 1)),
     Case("float32, no token", "float32", (0, 16, 8, 4, 2)),
     Case("float64", "float64", ODD),
-    Case(
-        "float64, capacity by weight", "float64", ODD, {"max_tokens_per_expert": 9, "drop_policy": "probs"}
-    ),
+    Case("float64, capacity by weight", "float64", ODD, {"max_tokens_per_expert": 9, "drop_policy": "probs"}),
 )
 
 
-def run(case: Case, to_device: Callable[[np.ndarray], Any], to_host: Callable[[Any], np.ndarray]) -> list[np.ndarray]:
+def run(
+    case: Case, to_device: Callable[[np.ndarray], Any], to_host: Callable[[Any], np.ndarray]
+) -> list[np.ndarray]:
     """Output, losses and every gradient, on the host."""
     T, H, I, E, K = case.sizes
     random = np.random.default_rng(0)

@@ -327,7 +327,7 @@ def mismatched_dtypes(comm):
     if comm.size == 1:
         ep.dispatch(x, gate)
         return
-    with pytest.raises(ConfigError, match="do not agree on dtype for blocks.1.*rank 1: 'float16'"):
+    with pytest.raises(ConfigError, match=r"do not agree on dtype for blocks\.1.*rank 1: 'float16'"):
         ep.dispatch(x, gate)
 
 
