@@ -465,8 +465,6 @@ def _dispatch_backward(
     transfer.wait()
     if group:
         summing.wait()
-    cdef Array dx = space.empty((T, width), tokens.dtype)
-    backend.combine(space, returned, plans.sending.token_rows, None, dx)
     cdef Array d_logits = space.empty((T, E), W)
     plan = plans.routing
     backend.route_backward(
@@ -474,12 +472,16 @@ def _dispatch_backward(
         pair_slots, d_pairs.at(0, (N * S,), W), d_losses, d_logits,
     )
     cdef Array d_gate = space.empty((E, H), gate.dtype)
-    cdef bint own_input = router_input is None
-    cdef Array d_router = dx if own_input else space.empty((T, H), tokens.dtype)
-    backend.gate_backward(space, d_logits, routed, gate, d_router, d_gate, own_input)
+    cdef Array dx = space.empty((T, width), tokens.dtype), d_router = None
+    if router_input is None:
+        backend.gate_backward(space, d_logits, tokens, gate, returned, plans.sending.token_rows, dx, d_gate)
+    else:
+        d_router = space.empty((T, H), tokens.dtype)
+        backend.combine(space, returned, plans.sending.token_rows, None, dx)
+        backend.gate_backward(space, d_logits, routed, gate, None, None, d_router, d_gate)
     return (
         space.export(dx),
-        None if own_input else space.export(d_router),
+        None if d_router is None else space.export(d_router),
         space.export(d_gate),
         between,
     )

@@ -303,22 +303,25 @@ def moe_backward(
     )
     backend.grouped_gemm(space, dz, inputs.w_up, routing.expert_offsets, None, False, dx_rows)
     dz = None
-    cdef Array dx = space.empty((T, H), dtype)
-    backend.combine(space, dx_rows, routing.token_rows, None, dx)
-
     backend.route_backward(
         space, config, logits, routing.topk_idx, routing.topk_weights, routing.tokens_per_expert,
         routing.token_rows, dp, d_losses, d_logits,
     )
     cdef Array d_gate = space.empty((E, H), inputs.gate_weight.dtype)
-    cdef bint own_input = router_input is None
-    cdef Array d_router = dx if own_input else space.empty((T, H), dtype)
-    backend.gate_backward(
-        space, d_logits, inputs.router_input, inputs.gate_weight, d_router, d_gate, own_input
-    )
+    cdef Array dx = space.empty((T, H), dtype), d_router = None
+    if router_input is None:
+        backend.gate_backward(
+            space, d_logits, inputs.x, inputs.gate_weight, dx_rows, routing.token_rows, dx, d_gate
+        )
+    else:
+        d_router = space.empty((T, H), dtype)
+        backend.combine(space, dx_rows, routing.token_rows, None, dx)
+        backend.gate_backward(
+            space, d_logits, inputs.router_input, inputs.gate_weight, None, None, d_router, d_gate
+        )
     return MoEGrads(
         space.export(dx),
-        None if own_input else space.export(d_router),
+        None if d_router is None else space.export(d_router),
         space.export(d_gate),
         space.export(dw_up) if w_up_grad is None else None,
         space.export(dw_down) if w_down_grad is None else None,

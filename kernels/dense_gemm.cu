@@ -271,60 +271,79 @@ template <class Out> struct alignas(16) Eight {
     Out at[8];
 };
 
-// out points at the tile's first element; so many of its rows and columns exist
-template <class Out>
-__device__ __forceinline__ void store_tile(
-    Accumulators& acc, int rows, int columns, Out* out, int64 pitch, bool accumulate
-) {
-    constexpr int M = WARP_ROWS / 8, N = WARP_COLUMNS / 32;
-    const int lane = threadIdx.x % 32;
-    const auto row = [&](int m) { return warp_row() + 8 * m + lane / 4; };
-    const auto column = [&](int n) { return warp_column() + 32 * n + lane % 4 * 8; };
-    const auto at = [&](int m, int n) { return out + row(m) * pitch + column(n); };
-    const auto there = [&](int m, int n) { return row(m) < rows && column(n) < columns; };
-    Eight<Out> old[M][N] = {};
-    if (accumulate) {
+// Rows that are added to those of the result: to row i the ones that token_rows[i, 0 .. top_k) names, if they exist.
+struct AddedRows {
+    const TypeOut* rows;  // NULL: none
+    const int* token_rows;
+    int top_k;
+    int count;
+    int64 pitch;
+};
+
+// values[n] += the rows of row i, from `column` of them on in steps of 32
+template <int N>
+__device__ __forceinline__ void add_rows(float (&values)[N][8], const AddedRows& added, int i, int column, int columns) {
+    constexpr int LOADS = 8 / int(sizeof(TypeOut));  // of N pieces each on their way at the same time
+    const int* names = added.token_rows + int64(i) * added.top_k;
+    for (int first = 0; first < added.top_k; first += LOADS) {
+        int name[LOADS];
 #pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-                if (there(m, n)) old[m][n] = *reinterpret_cast<const Eight<Out>*>(at(m, n));
-    }
-#pragma unroll
-    for (int m = 0; m < M; ++m)
+        for (int k = 0; k < LOADS; ++k) name[k] = first + k < added.top_k ? names[first + k] : -1;
 #pragma unroll
         for (int n = 0; n < N; ++n) {
-            float values[8];
+            Eight<TypeOut> row[LOADS];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) values[i] = acc[m / 2][4 * n + i / 2][m % 2 * 2 + i % 2];
-            gather_columns(values);
-            if (!there(m, n)) continue;
+            for (int k = 0; k < LOADS; ++k) {
+                row[k] = Eight<TypeOut>{};
+                if (uint32(name[k]) < uint32(added.count) && column + 32 * n < columns)
+                    row[k] = *reinterpret_cast<const Eight<TypeOut>*>(
+                        added.rows + name[k] * added.pitch + column + 32 * n
+                    );
+            }
 #pragma unroll
-            for (int i = 0; i < 8; ++i) values[i] += widen(old[m][n].at[i]);
-            store_values(values, at(m, n));
+            for (int k = 0; k < LOADS; ++k)
+#pragma unroll
+                for (int j = 0; j < 8; ++j) values[n][j] += widen(row[k].at[j]);
         }
-}
-
-// The tile of out, while the product is under way.
-__device__ __forceinline__ void prefetch_tile(const TypeOut* out, int rows, int columns, int64 pitch) {
-    constexpr int LINE = 128 / sizeof(TypeOut), LINES = TILE / LINE;
-    for (int i = threadIdx.x; i < TILE * LINES; i += THREADS) {
-        const int row = i / LINES, column = i % LINES * LINE;
-        if (row < rows && column < columns) prefetch(out + row * pitch + column);
     }
 }
 
-// out[m, n] (+)= sum_k a(m, k) b(k, n), with a stored [k, m] if TRANSPOSE_A else [m, k], and b stored [n, k]
-// if TRANSPOSE_B else [k, n]. gridDim.y splits the contraction; each part goes to its own [rows, columns] of
-// parts, which sum_parts adds in order.
+// out points at the tile's first element; so many of its rows and columns exist. add(values, row, column) finishes
+// the sums of a row, from `column` on in steps of 32.
+template <class Out, class Add>
+__device__ __forceinline__ void store_tile(
+    const Accumulators& acc, int rows, int columns, Out* out, int64 pitch, Add add
+) {
+    constexpr int M = WARP_ROWS / 8, N = WARP_COLUMNS / 32;
+    const int lane = threadIdx.x % 32, column = warp_column() + lane % 4 * 8;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+        const int row = warp_row() + 8 * m + lane / 4;
+        float values[N][8];
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) values[n][i] = acc[m / 2][4 * n + i / 2][m % 2 * 2 + i % 2];
+            gather_columns(values[n]);
+        }
+        if (row >= rows) continue;
+        add(values, row, column);
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+            if (column + 32 * n < columns) store_values(values[n], out + row * pitch + column + 32 * n);
+    }
+}
+
+// out[m, n] = sum_k a(m, k) b(k, n), with a stored [k, m] if TRANSPOSE_A else [m, k], and b stored [n, k] if
+// TRANSPOSE_B else [k, n]; plus the added rows, which need both to be 0. gridDim.y splits the contraction, without
+// added rows; each part goes to its own [rows, columns] of parts, which sum_parts adds in order.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) dense_gemm(
     const TypeA* a, const TypeB* b, TypeOut* out, float* parts, int rows, int columns, int depth,
-    int split_depth, int column_tiles, int accumulate
+    int split_depth, int column_tiles, const TypeOut* added_rows, const int* token_rows, int top_k, int num_added
 ) {
     const int first_row = blockIdx.x / column_tiles * TILE, first_column = blockIdx.x % column_tiles * TILE;
     const int rows_left = rows - first_row, columns_left = columns - first_column;
     const int64 at = int64(first_row) * columns + first_column;
-    if (parts == nullptr && accumulate) prefetch_tile(out + at, rows_left, columns_left, columns);
     const int begin = blockIdx.y * split_depth, end = min(begin + split_depth, depth);
     Left left(
         a + int64(first_row) * (TRANSPOSE_A ? 1 : depth), TRANSPOSE_A ? rows : depth, rows_left, begin, end
@@ -336,9 +355,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) dense_gemm(
     Accumulators acc = {};
     multiply_tile(acc, left, right, (end - begin + DEPTH - 1) / DEPTH);
     if (parts != nullptr)
-        store_tile(
-            acc, rows_left, columns_left, parts + int64(blockIdx.y) * rows * columns + at, columns, false
+        return store_tile(
+            acc, rows_left, columns_left, parts + int64(blockIdx.y) * rows * columns + at, columns,
+            [](auto&, int, int) {}
         );
-    else
-        store_tile(acc, rows_left, columns_left, out + at, columns, accumulate);
+    const AddedRows added = {added_rows + first_column, token_rows, top_k, num_added, columns};
+    store_tile(acc, rows_left, columns_left, out + at, columns, [&](auto& values, int row, int column) {
+        if (!TRANSPOSE_A && !TRANSPOSE_B && added_rows != nullptr)
+            add_rows(values, added, first_row + row, column, columns_left);
+    });
 }

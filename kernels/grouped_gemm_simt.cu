@@ -177,8 +177,8 @@ __device__ __forceinline__ Operand<X, true> gathered_rows(
 #if defined(DENSE)
 
 // out[m, n] (+)= sum_k a(m, k) b(k, n), with a stored [k, m] if TRANSPOSE_A else [m, k], and b stored [n, k]
-// if TRANSPOSE_B else [k, n]. gridDim.y splits the contraction; each part goes to its own [rows, columns] of
-// parts, which sum_parts adds in order.
+// if TRANSPOSE_B else [k, n]. gridDim.y splits the contraction, without `accumulate`; each part goes to its own
+// [rows, columns] of parts, which sum_parts adds in order.
 extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) dense_gemm(
     const TypeA* a, const TypeB* b, TypeOut* out, A* parts, int rows, int columns, int depth, int split_depth,
     int column_tiles, int accumulate, int vectors
@@ -207,11 +207,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) dense_g
 
 #elif defined(SUM)
 
-// out[i] (+)= the sum over `count` parts, in order
-extern "C" __global__ void sum_parts(const A* parts, TypeOut* out, int64 size, int count, int accumulate) {
+// out[i] = the sum over `count` parts, in order
+extern "C" __global__ void sum_parts(const A* parts, TypeOut* out, int64 size, int count) {
     const int64 stride = int64(gridDim.x) * blockDim.x;
     for (int64 i = blockIdx.x * int64(blockDim.x) + threadIdx.x; i < size; i += stride) {
-        A sum = accumulate ? A(widen(out[i])) : A(0);
+        A sum = 0;
         for (int part = 0; part < count; ++part) sum += parts[part * size + i];
         narrow(sum, out[i]);
     }

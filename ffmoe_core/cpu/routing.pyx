@@ -19,7 +19,7 @@ from .threads cimport num_threads
 from .tiles cimport Scratch, block_start, blocks, scratch
 from .vector cimport exp_shifted, sigmoid
 
-from .permute import sort
+from .permute import combine, sort
 
 cdef enum:
     BLOCK_TOKENS = 64  # tokens of a block, at least
@@ -34,10 +34,13 @@ def gate_logits(Space space, Array x, Array gate_weight, Array logits):
 
 
 def gate_backward(
-    Space space, Array dlogits, Array x, Array gate_weight, Array dx, Array dgate_weight, bint accumulate
+    Space space, Array dlogits, Array x, Array gate_weight, Array rows, Array token_rows, Array dx,
+    Array dgate_weight,
 ):
     cdef int32_t[2] offsets = [0, <int32_t>x.dims[0]]
-    rows_product(dlogits, NULL, gate_weight, offsets, 1, False, dx, accumulate)
+    if rows is not None:
+        combine(space, rows, token_rows, None, dx)
+    rows_product(dlogits, NULL, gate_weight, offsets, 1, False, dx, rows is not None)
     rows_wgrad(dlogits, NULL, x, NULL, offsets, 1, dgate_weight, False, 1)
 
 

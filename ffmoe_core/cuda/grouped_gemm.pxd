@@ -6,4 +6,4 @@ from ..arrays cimport Array, Space
 cdef uintptr_t address(Array array) noexcept
 cdef int64_t divided_up(int64_t value, int64_t by) noexcept
 cdef int in_vectors(uintptr_t addresses, int64_t width0, int64_t width1) noexcept
-cdef int sum_parts(Space space, Array parts, Array out, int count, bint accumulate) except -1
+cdef int sum_parts(Space space, Array parts, Array out, int count) except -1

@@ -262,14 +262,13 @@ def grouped_glu_backward(
             tiles_down * column_tiles, 1, params,
         )
     if count > 1:
-        sum_parts(space, parts, dp_rows, count, False)
+        sum_parts(space, parts, dp_rows, count)
 
 
-cdef int sum_parts(Space space, Array parts, Array out, int count, bint accumulate) except -1:
-    """out (+)= parts[0] + ... + parts[count - 1], in this order."""
+cdef int sum_parts(Space space, Array parts, Array out, int count) except -1:
+    """out = parts[0] + ... + parts[count - 1], in this order."""
     cdef int64_t size = out.size, blocks = divided_up(size, SUM_THREADS)
-    cdef int added = accumulate
-    cdef Parameter[5] params = [&parts.data, &out.data, &size, &count, &added]
+    cdef Parameter[4] params = [&parts.data, &out.data, &size, &count]
     blocks = min(blocks, 8 * multiprocessor_count(space.device_id))
     return kernel(FILES[SIMT], "sum_parts", _sum[out.dtype], space.device_id, 0).launch(
         <unsigned int>blocks, 1, 1, SUM_THREADS, 0, space.stream, params

@@ -3,6 +3,7 @@
 from libc.stdint cimport int32_t, int64_t
 
 from ..arrays cimport FLOAT32, FLOAT64, UINT8, Array, Space, itemsize
+from . cimport gate_wgrad_sm90
 from .dense_gemm cimport dense_gemm
 from .launch cimport Parameter, kernel
 from .placement cimport Plan, Slots, in_chunks, rank_bytes
@@ -82,14 +83,18 @@ cdef struct Sums:
 
 
 def gate_logits(Space space, Array x, Array gate_weight, Array logits):
-    dense_gemm(space, x, gate_weight, logits, False, True, False)
+    dense_gemm(space, x, gate_weight, logits, False, True)
 
 
 def gate_backward(
-    Space space, Array dlogits, Array x, Array gate_weight, Array dx, Array dgate_weight, bint accumulate
+    Space space, Array dlogits, Array x, Array gate_weight, Array rows, Array token_rows, Array dx,
+    Array dgate_weight,
 ):
-    dense_gemm(space, dlogits, gate_weight, dx, False, False, accumulate)
-    dense_gemm(space, dlogits, x, dgate_weight, True, False, False)
+    dense_gemm(space, dlogits, gate_weight, dx, False, False, rows, token_rows)
+    if gate_wgrad_sm90.serves(space, dlogits, x, dgate_weight):
+        gate_wgrad_sm90.gate_wgrad(space, dlogits, x, dgate_weight)
+    else:
+        dense_gemm(space, dlogits, x, dgate_weight, True, False)
 
 
 def route(

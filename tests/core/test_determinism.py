@@ -150,9 +150,9 @@ def stage_calls(kind, dtype):
             [],
         ),
         "gate_backward": (
-            [floats(T, E, dtype=W), floats(T, H), floats(E, H)],
+            [floats(T, E, dtype=W), floats(T, H), floats(E, H), floats(R, H), token_rows],
             [((T, H), dtype), ((E, H), dtype)],
-            [False],
+            [],
         ),
         "sort": (
             [idx, weights, 8, "position"],

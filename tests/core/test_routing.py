@@ -255,7 +255,8 @@ def test_route_and_sort_do_what_both_do(kind, num_tokens, num_experts, top_k, dt
 @pytest.mark.parametrize("float32_gate", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("num_tokens", "width", "num_experts"), [(300, 1032, 136), (40, 2056, 8), (2600, 40, 24), (67, 130, 5)]
+    ("num_tokens", "width", "num_experts"),
+    [(300, 1032, 136), (40, 2056, 8), (2600, 40, 24), (67, 130, 5), (4231, 264, 40)],
 )
 def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts, dtype, float32_gate):
     """Long and short contractions, several tiles and parts of them, widths that divide by 8 or do not."""
@@ -272,18 +273,21 @@ def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts
         if dtype == "float32":  # 16 bits of an operand would pass the general bound
             assert np.linalg.norm(got - want) < 1e-6 * np.linalg.norm(want), what
 
-    x, before = (normal(num_tokens, width, dtype=dtype) for _ in range(2))
+    x, rows = (normal(count, width, dtype=dtype) for count in (num_tokens, 2 * num_tokens))
+    token_rows = rng.integers(-1, len(rows), (num_tokens, 5))
+    gathered = np.where((token_rows >= 0)[:, :, None], rows[token_rows], 0).sum(axis=1)
     gate = normal(num_experts, width, dtype=gate_dtype)
     d_logits = normal(num_tokens, num_experts, dtype=W)
     inputs = [kind.array(x, dtype), kind.array(gate, gate_dtype)]
     logits = kind.full((num_tokens, num_experts), np.nan, W)
     call_stage(kind, "gate_logits", *inputs, logits)
     check(logits, x @ gate.T, W, "logits")
-    for accumulate in (False, True):
-        dx = kind.array(before if accumulate else np.full(x.shape, np.nan), dtype)
+    added = (kind.array(rows, dtype), kind.array(token_rows, "int32"))
+    for given, sums in (((None, None), 0), (added, gathered)):
+        dx = kind.full(x.shape, np.nan, dtype)
         d_gate = kind.full(gate.shape, np.nan, gate_dtype)
-        call_stage(kind, "gate_backward", kind.array(d_logits, W), *inputs, dx, d_gate, accumulate)
-        check(dx, d_logits @ gate + accumulate * before, dtype, "dx")
+        call_stage(kind, "gate_backward", kind.array(d_logits, W), *inputs, *given, dx, d_gate)
+        check(dx, d_logits @ gate + sums, dtype, "dx")
         check(d_gate, d_logits.T @ x, gate_dtype, "d_gate_weight")
 
 

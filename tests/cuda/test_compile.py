@@ -11,11 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from ffmoe_core.cuda import dense_gemm, dispatch, grouped_gemm, grouped_gemm_sm90, permute, routing
+from ffmoe_core.cuda import (
+    dense_gemm,
+    dispatch,
+    gate_wgrad_sm90,
+    grouped_gemm,
+    grouped_gemm_sm90,
+    permute,
+    routing,
+)
 from ffmoe_core.cuda.compile import compile_options, kernel_directory, only_architecture
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-STAGES = (routing, permute, dispatch, grouped_gemm, grouped_gemm_sm90, dense_gemm)
+STAGES = (routing, permute, dispatch, grouped_gemm, grouped_gemm_sm90, dense_gemm, gate_wgrad_sm90)
 
 
 def libraries():
