@@ -216,7 +216,7 @@ def kept_bytes(contender: Contender) -> int:
 
 # --- time by stage ---
 
-# The stage of a kernel between the router's forward and backward, by its name and how often it came before.
+# The stage of a kernel from `route` on, by its name and how often it came before.
 STAGE_OF = {
     "sort_count": ("sort",),
     "sort_scan": ("sort",),
@@ -225,11 +225,13 @@ STAGE_OF = {
     "route_finish": ("route",),
     "grouped_glu": ("up",),
     "grouped_gemm": ("down", "d-input"),
-    "combine": ("combine", "combine dx"),
+    "combine": ("combine",),
     "grouped_glu_backward": ("d-activation",),
-    "grouped_gemm_wgrad": ("dW_down", "dW_up"),
+    "grouped_gemm_wgrad": ("dW_down", "dW_up", "router dgate"),
     "sum_parts": ("sums",),
     "route_backward": ("route backward",),
+    "dense_gemm": ("combine dx", "router dgate"),
+    "split_terms": ("router dgate",),
 }
 OTHER = "other"
 
@@ -240,15 +242,13 @@ class ProfileError(Exception):
 
 def stages_of(kernels: list[str]) -> list[str]:
     """The stage of each kernel of one forward+backward, in the order they ran."""
-    routed, unrouted = kernels.index("route"), kernels.index("route_backward")
+    routed = kernels.index("route")
     stages = ["gate logits"] * routed
     seen: Counter[str] = Counter()
-    for kernel in kernels[routed : unrouted + 1]:
+    for kernel in kernels[routed:]:
         possible = STAGE_OF.get(kernel, (OTHER,))
         stages.append(possible[min(seen[kernel], len(possible) - 1)])
         seen[kernel] += 1
-    products = iter(("router dx", "router dgate"))
-    stages += ["sums" if k == "sum_parts" else next(products, OTHER) for k in kernels[unrouted + 1 :]]
     return stages
 
 
@@ -272,9 +272,8 @@ def floors(shape: Shape, measured: dict[str, float]) -> dict[str, float]:
         "dW_down": (2 * product, token + inside + w_down),
         "dW_up": (4 * product, token + 2 * inside + w_up),
         "d-input": (4 * product, 2 * inside + w_up + row),
-        "combine dx": (0, row + token),
         "route backward": (0, logits + 3 * choice),
-        "router dx": (2 * T * H * E, logits + gate + 2 * token),
+        "combine dx": (2 * T * H * E, row + logits + gate + token),
         "router dgate": (2 * T * H * E, logits + token + gate),
     }
     rate, bandwidth = measured["product_tflops"] * 1e9, measured["copy_gbps"] * 1e6  # a millisecond

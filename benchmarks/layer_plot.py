@@ -22,7 +22,7 @@ GROUPS = {
     "dW_up": ("dW_up",),
     "d-input": ("d-input",),
     "combine, both": ("combine", "combine dx"),
-    "router": ("gate logits", "route", "route backward", "router dx", "router dgate"),
+    "router": ("gate logits", "route", "route backward", "router dgate"),
     "sort": ("sort",),
 }
 REST = "rest"

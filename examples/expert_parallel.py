@@ -38,7 +38,7 @@ if UNDER_TORCHRUN:  # the core needs no torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from ffmoe_torch import MoELayer, get_dense_params
+    from ffmoe_torch import MoELayer, ddp_ignored
 
 AUX_LOSS = 0.01
 TIMEOUT = 60.0  # seconds that a rank waits for another
@@ -125,9 +125,7 @@ def train_layer(device: "torch.device") -> float:
     teacher = Teacher(np, same)
     layer = MoELayer(WIDTH, 2 * HIDDEN, EXPERTS, TOP_K, aux_loss_coeff=AUX_LOSS).to(device)
     layer.shard_experts(ep_timeout=TIMEOUT)  # before DDP and the optimizer
-    dense = {id(parameter) for parameter in get_dense_params(layer)}
-    ignored = [name for name, parameter in layer.named_parameters() if id(parameter) not in dense]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(layer, ignored)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(layer, ddp_ignored(layer))
     model = DistributedDataParallel(layer)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)

@@ -11,6 +11,7 @@ on a CPU the same command gives the same bits, stopped and resumed or not.
 """
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -88,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     introduce(training)
     if not train(training, folder):
         print(
-            f"\nStopped after step {training.step} of {config.steps}. Go on with: {resume_command(folder, ranks)}"
+            f"\nStopped after step {training.step} of {config.steps}. Go on with: "
+            f"{resume_command(folder, ranks, args.device)}"
         )
         return INTERRUPTED
     finish(training, folder)
@@ -116,7 +118,7 @@ def parse_args() -> argparse.Namespace:
     ]:
         parser.add_argument(f"--{name}", type=positive, metavar="N", help=meaning)
     parser.add_argument("--seed", type=seed, metavar="N", help="of the weights and of the text's order")
-    parser.add_argument("--learning-rate", type=float, metavar="X", help="the highest, after the warm-up")
+    parser.add_argument("--learning-rate", type=rate, metavar="X", help="the highest, after the warm-up")
     return parser.parse_args()
 
 
@@ -131,6 +133,13 @@ def seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2**31 - 1")
+    return value
+
+
+def rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not a finite number above 0")
     return value
 
 
@@ -231,9 +240,10 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def resume_command(folder: Path, ranks: Ranks) -> str:
+def resume_command(folder: Path, ranks: Ranks, device: str | None) -> str:
     launcher = ["mpirun", "-n", str(ranks.size)] if ranks.size > 1 else []
-    return shlex.join([*launcher, sys.executable, sys.argv[0], "--resume", "--out", str(folder)])
+    there = [] if device is None else ["--device", device]
+    return shlex.join([*launcher, sys.executable, sys.argv[0], "--resume", "--out", str(folder), *there])
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ stands for parts as torch cuts them: 5 experts over 4 ranks are 2, 2, 1 and none
 2, 1, 1 and 1. So an ``ExpertShard`` says by itself which experts it has.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from ffmoe_core.errors import UnsupportedError
 
+from .distributed import expert_weights_as, sharded_layers
 from .layer import MoELayer
 
 
@@ -126,31 +126,20 @@ class ShardedState(Stateful):
             set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
 
 
-@contextmanager
-def _experts_as_shards(model: nn.Module) -> Iterator[None]:
+def _experts_as_shards(model: nn.Module) -> AbstractContextManager[None]:
     """Within it, state dicts of ``model`` tell of a rank's experts which they are."""
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, MoELayer) and module._sharded is not None and module._sharded.comm.size > 1
-    ]
+    layers = {layer: experts for layer, experts in sharded_layers(model).items() if experts.comm.size > 1}
     if layers and not dist.is_initialized():
         raise UnsupportedError(
             "the experts are spread over ranks, but torch.distributed, which saves and loads checkpoints, was not "
             "initialized; initialize it, or gather all experts with full_state_dict"
         )
-    handles = [layer.register_state_dict_post_hook(_mark_shards) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
+    def shard(layer: MoELayer, weights: str) -> ExpertShard:
+        first = layers[layer].expert_parallel.experts.start
+        return ExpertShard(getattr(layer, weights), first, layer.num_experts)
 
-def _mark_shards(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    first = layer._sharded.expert_parallel.experts.start
-    for name in ("w_up", "w_down"):
-        state_dict[prefix + name] = ExpertShard(state_dict[prefix + name], first, layer.num_experts)
+    return expert_weights_as(shard, layers)
 
 
 def _state_of_shard(name: str, parameter: ExpertShard, state: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ EP_BACKENDS = ("auto", "mpi", "nccl", "torch")
 def communicator_for(ep_group: Any, ep_backend: str, timeout: float, device: torch.device) -> Communicator:
     """The communicator of a group, for parameters on ``device``: one for all layers that ask alike.
 
-    ``ep_group`` is a ProcessGroup, an mpi4py communicator, a Communicator (taken as it is), or None: everyone.
+    ``ep_group`` is a ProcessGroup, an mpi4py communicator, a Communicator (taken as it is), or None: everyone, in
+    torch's default group where that was initialized, and else in MPI's COMM_WORLD.
     Every rank of the group calls this in the same order.
     """
     if ep_backend not in EP_BACKENDS:
@@ -38,9 +39,9 @@ def communicator_for(ep_group: Any, ep_backend: str, timeout: float, device: tor
     over_torch = isinstance(ep_group, dist.ProcessGroup)
     if ep_backend == "auto":
         ep_backend = "nccl" if device.type == "cuda" else "torch" if over_torch else "mpi"
-    if ep_backend in ("torch", "nccl") and ep_group is None:
+    if ep_backend == "torch" and ep_group is None:
         raise ConfigError(
-            f"ep_backend={ep_backend!r} needs an ep_group, or torch.distributed.init_process_group before"
+            "ep_backend='torch' needs an ep_group, or torch.distributed.init_process_group before"
         )
     if ep_backend == "torch" and not over_torch:
         raise ConfigError(f"ep_backend='torch' needs a ProcessGroup as ep_group; it is a {_kind(ep_group)}")

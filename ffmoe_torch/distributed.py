@@ -1,7 +1,8 @@
 """Models whose experts are spread over ranks: whose parameter is whose, and norms of all."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ffmoe_core.comm import Communicator, Step, all_reduced
 
 from .layer import MoELayer
+from .sharded import ShardedExperts
 
 
 def shard_experts(model: nn.Module, ep_group: Any = None, ep_backend: str = "auto", **options: Any) -> None:
@@ -30,6 +32,27 @@ def get_dense_params(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if id(parameter) not in expert]
 
 
+def ddp_ignored(model: nn.Module) -> list[str]:
+    """Names of what DDP has to leave alone where experts are spread over ranks.
+
+    These are ``MoELayer.expert_params``, which ranks hold different ones of, and ``expert_counts``, of which DDP would
+    give every rank those of the first. For ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model``.
+    """
+    dense = set(map(id, get_dense_params(model)))
+    names = [name for name, parameter in model.named_parameters() if id(parameter) not in dense]
+    counts = {id(module.expert_counts) for module in model.modules() if isinstance(module, MoELayer)}
+    names += [name for name, buffer in model.named_buffers() if id(buffer) in counts]
+    # In one place DDP joins the names of a module and of its parameter by a dot even where the first is empty.
+    return names + [f".{name}" for name in names if "." not in name]
+
+
+class _Place(NamedTuple):
+    """Stands in a state dict for weights that are to be gathered."""
+
+    layer: MoELayer
+    weights: str
+
+
 @torch.no_grad()
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """``model.state_dict()`` as if one process held it all, on the CPU and the same on every rank.
@@ -37,16 +60,48 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     Every rank that holds a part, of experts or of DTensors (FSDP2), calls it together. ``load_state_dict`` of a model
     with any number of ranks, or none, takes it: a sharded layer picks its own experts.
     """
+    layers = sharded_layers(model)
+    with expert_weights_as(_Place, layers):
+        own = model.state_dict()
+    gathered = {
+        layer: sharded.gather(w_up=layer.w_up, w_down=layer.w_down) for layer, sharded in layers.items()
+    }
     state = {}
-    for name, value in model.state_dict().items():
-        whole = value.full_tensor() if _is_dtensor(value) else value
-        state[name] = whole.cpu() if isinstance(whole, Tensor) else whole
-    for name, module in model.named_modules():
-        if isinstance(module, MoELayer) and module._sharded is not None:
-            prefix = f"{name}." if name else ""
-            for weights, values in module._sharded.gather(w_up=module.w_up, w_down=module.w_down).items():
-                state[prefix + weights] = values
+    for name, value in own.items():
+        if isinstance(value, _Place):
+            value = gathered[value.layer][value.weights]
+        elif _is_dtensor(value):
+            value = value.full_tensor()
+        state[name] = value.cpu() if isinstance(value, Tensor) else value
     return state
+
+
+def sharded_layers(model: nn.Module) -> dict[MoELayer, ShardedExperts]:
+    """The layers of ``model`` whose experts are spread over ranks: each once, in the same order on every rank."""
+    return {
+        module: module._sharded
+        for module in model.modules()
+        if isinstance(module, MoELayer) and module._sharded is not None
+    }
+
+
+@contextmanager
+def expert_weights_as(value: Callable[[MoELayer, str], Any], layers: Iterable[MoELayer]) -> Iterator[None]:
+    """Within it, a state dict holds ``value(layer, "w_up")`` and the same of ``w_down`` for each of the layers.
+
+    Whatever their keys: a layer may have several names, and wrappers around it may have it saved under others.
+    """
+
+    def replace(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        for weights in ("w_up", "w_down"):
+            state_dict[prefix + weights] = value(layer, weights)
+
+    handles = [layer.register_state_dict_post_hook(replace) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -61,9 +116,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     Returns the norm before, a 0-d float64 tensor.
     """
     sharded: dict[Communicator, list[nn.Parameter]] = {}
-    for module in model.modules():
-        if isinstance(module, MoELayer) and module._sharded is not None:
-            sharded.setdefault(module._sharded.comm, []).extend(module.expert_params)
+    for layer, experts in sharded_layers(model).items():
+        sharded.setdefault(experts.comm, []).extend(layer.expert_params)
     spread = {id(parameter) for parameters in sharded.values() for parameter in parameters}
     common = [parameter for parameter in model.parameters() if id(parameter) not in spread]
     device = next(model.parameters()).device

@@ -8,15 +8,16 @@ operators, whose dispatch costs a small layer about as much host time as the run
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ffmoe_core import MoEConfig, MoEGrads, MoEResult, MoESaved, moe_backward, moe_forward, routing_layout
 from ffmoe_core.config import needs_logits
-from ffmoe_core.errors import DTypeError, ShapeError, UnsupportedError
+from ffmoe_core.errors import ConfigError, DTypeError, ShapeError, UnsupportedError
 
 # The options of a MoEConfig that travel through an operator, in this order. The widths follow from the
 # weights, and recompute_activations is the operator's keep_activations=False.
@@ -92,8 +93,10 @@ def fused_moe(
         (float64 for float64 x), times the coefficient.
 
     Raises the errors of ``ffmoe_core.moe_forward``, and ConfigError for an option out of range. A second
-    derivative and the transforms of ``torch.func`` raise UnsupportedError.
+    derivative, forward-mode derivatives and the transforms of ``torch.func`` raise UnsupportedError.
     """
+    if not isinstance(recompute_activations, bool):
+        raise ConfigError(f"recompute_activations={recompute_activations!r} must be True or False")
     if gate_weight.dim() != 2:
         raise ShapeError(f"gate_weight has shape {tuple(gate_weight.shape)}; expected [num_experts, d_model]")
     if w_down.dim() != 3:
@@ -178,6 +181,7 @@ def routed_experts(
     ``w_down_grad`` of ``moe_backward``, for those of the weights whose gradients are to go there.
     """
     tensors = (x, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask)
+    refuse_tangents(tensors)
     recording = torch.is_grad_enabled() and (
         x.requires_grad
         or w_up.requires_grad
@@ -202,18 +206,28 @@ def routed_experts(
 
 _included = torch._C._dispatch_tls_local_include_set
 _excluded = torch._C._dispatch_tls_local_exclude_set
+_graph_task = torch._C._current_graph_task_id  # negative where no backward is running
+
+Keys = tuple[int, int]
 
 
-def _dispatch_keys() -> tuple[int, int]:
+def _dispatch_keys() -> Keys:
     """What the dispatcher puts before and leaves out of every call on this thread."""
     return _included().raw_repr(), _excluded().raw_repr()
 
 
+def _keys_in_forward() -> frozenset[Keys]:
+    seen = [_dispatch_keys()]
+    with torch.inference_mode():
+        seen.append(_dispatch_keys())
+    return frozenset(seen)
+
+
 class _KeysInBackward(torch.autograd.Function):
-    """Notes the keys that a backward finds: some versions of torch leave out more there."""
+    """Notes the keys that a backward finds."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seen: list[tuple[int, int]]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seen: list[Keys]) -> Tensor:
         ctx.seen = seen
         return x.clone()
 
@@ -223,17 +237,26 @@ class _KeysInBackward(torch.autograd.Function):
         return grads[0], None
 
 
-def _undisturbed() -> frozenset[tuple[int, int]]:
-    seen = [_dispatch_keys()]
-    with torch.inference_mode():
-        seen.append(_dispatch_keys())
-    _KeysInBackward.apply(torch.zeros((), device="cpu", requires_grad=True), seen).backward()
-    return frozenset(seen)
+def _on_a_fresh_thread(function: Callable[[], frozenset[Keys]]) -> frozenset[Keys]:
+    """As keys are where nobody has switched on anything: this thread may be under some mode right now."""
+    with ThreadPoolExecutor(1) as fresh:
+        return fresh.submit(function).result()
 
 
-# As they are on a thread where nobody has switched on anything; this one may be under some mode right now.
-with ThreadPoolExecutor(1) as _fresh:
-    _UNDISTURBED = _fresh.submit(_undisturbed).result()
+@cache
+def _more_keys_in_backward() -> frozenset[Keys]:
+    """Some versions of torch leave out more there. Not asked for before the first backward, which starts autograd's
+    threads: a process that has them cannot fork any more."""
+
+    def keys() -> frozenset[Keys]:
+        seen: list[Keys] = []
+        _KeysInBackward.apply(torch.zeros((), device="cpu", requires_grad=True), seen).backward()
+        return frozenset(seen)
+
+    return _on_a_fresh_thread(keys)
+
+
+_UNDISTURBED = _on_a_fresh_thread(_keys_in_forward)
 _ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -246,11 +269,26 @@ def nothing_between(tensors: tuple[Tensor | None, ...]) -> bool:
     if torch.compiler.is_compiling():
         return False
     x: Any = tensors[0]
+    keys = _dispatch_keys()
     return (
         (x.is_cuda or x.is_cpu)
-        and _dispatch_keys() in _UNDISTURBED
+        and (keys in _UNDISTURBED or (_graph_task() >= 0 and keys in _more_keys_in_backward()))
         and _ORDINARY.issuperset(map(type, tensors))
     )
+
+
+def refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
+    """Where nothing is recorded for backward, autograd would drop them without a word."""
+    if forward_ad._current_level < 0:
+        return
+    if torch._C._are_functorch_transforms_active():
+        refuse_functorch()
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise _no_forward_mode()
+
+
+def _no_forward_mode() -> UnsupportedError:
+    return UnsupportedError("ffmoe has no forward-mode derivative; use reverse mode (backward)")
 
 
 def _main_grad_unsupported() -> UnsupportedError:
@@ -308,9 +346,9 @@ _moe = torch.ops.ffmoe.moe.default
 _moe_backward = torch.ops.ffmoe.moe_backward.default
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)  # 2.0 is no top_k, though it equals 2
 def _config(
-    d_model: int, intermediate: int, num_experts: int, options: Options, keep_activations: bool
+    d_model: int, intermediate: int, num_experts: int, keep_activations: bool, *options: Any
 ) -> MoEConfig:
     return MoEConfig(
         d_model=d_model,
@@ -325,7 +363,7 @@ def _config_for(
     gate_weight: Tensor, w_down: Tensor, options: Options, keep_activations: bool = True
 ) -> MoEConfig:
     num_experts, d_model = gate_weight.shape
-    return _config(d_model, w_down.shape[2], num_experts, options, keep_activations)
+    return _config(d_model, w_down.shape[2], num_experts, keep_activations, *options)
 
 
 def _keeps_logits(options: Sequence[Any]) -> bool:
@@ -505,7 +543,7 @@ class _MoE(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        raise UnsupportedError("ffmoe has no forward-mode derivative; use reverse mode (backward)")
+        raise _no_forward_mode()
 
 
 class _StraightMoE(_MoE):
@@ -566,16 +604,18 @@ _library.impl("moe_backward", _differentiable(_moe_backward, _MoEBackward, 10), 
 # --- autocast, and what cannot work ---
 
 
-def _autocasting(device_type: str) -> Callable[..., Outputs]:
-    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-            return tensor
-        return tensor.to(dtype)
+def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor as autocast to ``dtype`` has it: float64 and what are no floating-point numbers stay."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
 
+
+def _autocasting(device_type: str) -> Callable[..., Outputs]:
     def dispatch(*arguments: Any) -> Outputs:
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            outputs: Outputs = _moe(*(cast(tensor, dtype) for tensor in arguments[:5]), *arguments[5:])
+            outputs: Outputs = _moe(*(autocast(tensor, dtype) for tensor in arguments[:5]), *arguments[5:])
         return outputs
 
     return dispatch
@@ -585,7 +625,7 @@ _library.impl("moe", _autocasting("cpu"), "AutocastCPU")
 _library.impl("moe", _autocasting("cuda"), "AutocastCUDA")
 
 
-def _refuse_functorch(*arguments: Any) -> NoReturn:
+def refuse_functorch(*arguments: Any) -> NoReturn:
     raise UnsupportedError(
         "ffmoe does not work under the transforms of torch.func (vmap, grad, jvp, functionalize, ...); "
         "call it outside of them, and take gradients with torch.autograd"
@@ -593,4 +633,4 @@ def _refuse_functorch(*arguments: Any) -> NoReturn:
 
 
 for _name in ("moe", "moe_backward"):
-    _library.impl(_name, _refuse_functorch, "FuncTorchDynamicLayerFrontMode")
+    _library.impl(_name, refuse_functorch, "FuncTorchDynamicLayerFrontMode")

@@ -67,7 +67,9 @@ class MoELayer(nn.Module):
     jitter : in training the gate reads x times a uniform number from 1-jitter to 1+jitter, element by
         element, from torch's generator.
     aux_mode : "return": the losses are to be added to the training loss. "inject": their gradient is added
-        in the output's backward, as if they had been, and those returned are for logging.
+        in the output's backward, as if they had been, and those returned are for logging. It is that of the
+        losses as they are: what multiplies the training loss (GradScaler, a mean over accumulated batches)
+        has no part in it.
     main_grad : backward adds the gradients of ``w_up`` and ``w_down``, unrounded, to the tensors that their
         attribute ``main_grad`` holds in forward (float32, or float64 for a float64 layer; the parameter's
         shape), as Megatron's fused gradient accumulation does. Their ``.grad`` stays None. Every backward
@@ -149,6 +151,9 @@ class MoELayer(nn.Module):
             raise ConfigError(f"jitter={jitter!r} must be a number from 0 to below 1")
         if aux_mode not in AUX_MODES:
             raise ConfigError(f"aux_mode={aux_mode!r} is unknown; known: {', '.join(map(repr, AUX_MODES))}")
+        for name, flag in (("expert_bias", expert_bias), ("main_grad", main_grad)):
+            if not isinstance(flag, bool):
+                raise ConfigError(f"{name}={flag!r} must be True or False")
         if dtype is not None and dtype not in DTYPES:
             raise DTypeError(f"dtype={dtype} is not supported; supported: {', '.join(map(str, DTYPES))}")
 
@@ -224,8 +229,11 @@ class MoELayer(nn.Module):
         (the layer stays usable). With ``main_grad=True``: ConfigError, DTypeError, ShapeError, DeviceError and
         LayoutError for a ``main_grad`` that is missing or does not fit.
         """
-        tokens = as_tokens(x, "x", self.d_model)
-        mask = None if valid_mask is None else as_token_mask(valid_mask, x)
+        w_up, w_down = _parameter(self, "w_up"), _parameter(self, "w_down")
+        if self._sharded is None:
+            tokens, mask, weight_sums = self._arguments(x, valid_mask, w_up, w_down)
+        else:
+            tokens, mask, weight_sums = self._sharded.telling(self._arguments, x, valid_mask, w_up, w_down)
         start_shared = None if self.shared_expert is None else beside(self.shared_expert, tokens)
         router_input = None
         if self.jitter and self.training:
@@ -234,10 +242,6 @@ class MoELayer(nn.Module):
         config = self.config
         buffers = self._buffers
         gate_weight = _parameter(self._modules["gate"], "weight")
-        w_up, w_down = _parameter(self, "w_up"), _parameter(self, "w_down")
-        weight_sums = (
-            _main_grads(w_up=w_up, w_down=w_down) if self.main_grad and torch.is_grad_enabled() else {}
-        )
         if self._sharded is None:
             shared = None if start_shared is None else start_shared()
             routed = self._through_latent(tokens)
@@ -289,6 +293,17 @@ class MoELayer(nn.Module):
         if not self._has_losses:
             return output, {}
         return output, losses_by_name(losses, config.aux_loss_coeff, config.z_loss_coeff)
+
+    def _arguments(
+        self, x: Tensor, valid_mask: Tensor | None, w_up: Tensor, w_down: Tensor
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Tokens [T, H], mask [T] and the weights' sums of a call, if they are fit for it."""
+        tokens = as_tokens(x, "x", self.d_model)
+        mask = None if valid_mask is None else as_token_mask(valid_mask, x)
+        if tokens.dtype != w_up.dtype or tokens.device != w_up.device:
+            _check_fits(tokens, w_up)
+        adding = self.main_grad and torch.is_grad_enabled()
+        return tokens, mask, _main_grads(w_up=w_up, w_down=w_down) if adding else {}
 
     def _through_latent(self, x: Tensor) -> Tensor:
         """x [T, H] through the narrow projections, where the layer has them."""
@@ -432,19 +447,37 @@ class MoELayer(nn.Module):
         if self._sharded is not None:
             self._sharded.take_own(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.expert_bias is not None and self.expert_counts is not None:
+            # these are of the bias before; and no state dict brings them from the meta device to where that is
+            if self.expert_counts.device != self.expert_bias.device:
+                self.expert_counts = torch.empty_like(self.expert_counts, device=self.expert_bias.device)
+            self.expert_counts.zero_()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._sharded is not None:
             raise UnsupportedError(
                 "a layer with sharded experts cannot be pickled or copied; save its state_dict"
             )
-        return self.__dict__ | {"_last": []}
+        return super().__getstate__() | {"_last": []}
 
 
 def _parameter(module: Any, name: str) -> Tensor:
     """``getattr(module, name)``, sooner: a module finds its parameters only after all else has failed."""
     found = module._parameters.get(name)
     return getattr(module, name) if found is None else found
+
+
+def _check_fits(x: Tensor, weight: Tensor) -> None:
+    """Whether the layer can take x, which differs from its weights in dtype or device."""
+    if weight.is_meta and not x.is_meta:
+        raise DeviceError(
+            "the layer is on the meta device, without memory; give it some with to_empty and reset_parameters, or "
+            "with load_state_dict(assign=True)"
+        )
+    if x.device != weight.device:
+        raise DeviceError(f"x is on {x.device} but the layer is on {weight.device}; move one of them")
+    if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        raise DTypeError(f"x has dtype {x.dtype} but the layer has {weight.dtype}; they must agree")
 
 
 def _main_grads(**weights: Tensor) -> dict[str, Tensor]:

@@ -16,9 +16,13 @@ from ffmoe_core import ExpertParallel, expert_range
 from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import Communicator, Step
 from ffmoe_core.errors import ConfigError
-from ffmoe_core.expert_parallel import Dispatched
+from ffmoe_core.expert_parallel import Dispatched, aborting
+
+from .functional import autocast, refuse_functorch, refuse_tangents
 
 GRAD_REDUCTIONS = ("mean", "sum")
+
+_graph_task = torch._C._current_graph_task_id  # the number of the running backward pass
 
 WeightGradients = tuple[Tensor | None, Tensor | None]  # of w_up and w_down
 
@@ -53,6 +57,12 @@ class ShardedExperts:
         return self.expert_parallel.layer
 
     @torch.compiler.disable
+    def telling(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(*arguments)``, of whose error the other ranks hear, who would wait for this one."""
+        with aborting(self.comm):
+            return function(*arguments)
+
+    @torch.compiler.disable
     def __call__(
         self,
         tokens: Tensor,
@@ -79,6 +89,9 @@ class ShardedExperts:
         wire, router_input, gate_weight, w_up, w_down = _autocast(
             wire, router_input, gate_weight, w_up, w_down
         )
+        refuse_tangents((tokens, router_input, gate_weight, w_up, w_down))
+        if torch._C._are_functorch_transforms_active():
+            refuse_functorch()
         call = _Call(self, weight_sums)
         received, weights, losses = _Dispatch.apply(
             call, wire, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask
@@ -125,7 +138,8 @@ class ShardedExperts:
             experts = state_dict.get(name)
             if experts is not None and len(experts) == self.expert_parallel.config.num_experts:
                 own = self.expert_parallel.experts
-                state_dict[name] = experts[own.start : own.stop]
+                # a copy: load_state_dict(assign=True) would keep all experts' memory for the sake of these
+                state_dict[name] = experts[own.start : own.stop].clone()
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -134,7 +148,7 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(autocast(tensor, dtype) for tensor in tensors)
 
 
 class _Call:
@@ -145,7 +159,8 @@ class _Call:
         self.weight_sums = weight_sums
         self.expert_parallel = sharded.expert_parallel
         self.dispatched: Dispatched | None = None
-        self.weight_gradients: Callable[..., WeightGradients] | None = None
+        # with the number of their backward pass: one that ends between experts and dispatch leaves them behind
+        self.weight_gradients: tuple[int, Callable[..., WeightGradients]] | None = None
 
     def take(self) -> Dispatched:
         """Of the forward call; what backward needs is in autograd's keeping, which knows when to let go."""
@@ -191,9 +206,9 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, router_input, gate_weight), dispatched = _saved(ctx)
         call: _Call = ctx.call
-        weight_gradients, call.weight_gradients = call.weight_gradients, None
+        (graph_task, weight_gradients), call.weight_gradients = call.weight_gradients or (-1, None), None
         meanwhile = None
-        if weight_gradients is not None and any(ctx.needs_input_grad[4:6]):
+        if weight_gradients is not None and graph_task == _graph_task() and any(ctx.needs_input_grad[4:6]):
             meanwhile = partial(weight_gradients, **call.weight_sums, scale=call.weight_scale)
         d_received, d_weights, d_losses = (grad.contiguous() for grad in grads)
         dx, d_router, d_gate, weights = call.expert_parallel.dispatch_backward(
@@ -234,9 +249,10 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (received, z, w_up, w_down), dispatched = _saved(ctx)
         call: _Call = ctx.call
-        d_received, d_weights, call.weight_gradients = call.expert_parallel.run_experts_backward(
+        d_received, d_weights, weight_gradients = call.expert_parallel.run_experts_backward(
             grads[0].contiguous(), received, z, dispatched, w_up, w_down
         )
+        call.weight_gradients = _graph_task(), weight_gradients
         return None, d_received, d_weights, None, None, None
 
 

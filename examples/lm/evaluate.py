@@ -30,7 +30,7 @@ class Evaluation:
 def evaluate(model: ByteModel, corpus: Corpus, context: int, device: torch.device) -> Evaluation:
     """Run the held-out text of each domain by itself, so that the layers count its rows alone."""
     bits, loads = [], []
-    for windows in corpus.held_out(context, HELD_OUT_BYTES // context):
+    for windows in corpus.held_out(context, max(1, HELD_OUT_BYTES // context)):
         tokens = windows.to(device)
         with autocast(device):
             logits, _ = model(tokens[:, :-1])

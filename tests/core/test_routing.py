@@ -283,10 +283,10 @@ def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts
     call_stage(kind, "gate_logits", *inputs, logits)
     check(logits, x @ gate.T, W, "logits")
     added = (kind.array(rows, dtype), kind.array(token_rows, "int32"))
-    for given, sums in (((None, None), 0), (added, gathered)):
+    for pieces, sums in (((None, None), 0), (added, gathered)):
         dx = kind.full(x.shape, np.nan, dtype)
         d_gate = kind.full(gate.shape, np.nan, gate_dtype)
-        call_stage(kind, "gate_backward", kind.array(d_logits, W), *inputs, *given, dx, d_gate)
+        call_stage(kind, "gate_backward", kind.array(d_logits, W), *inputs, *pieces, dx, d_gate)
         check(dx, d_logits @ gate + sums, dtype, "dx")
         check(d_gate, d_logits.T @ x, gate_dtype, "d_gate_weight")
 

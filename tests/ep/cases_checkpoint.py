@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ffmoe_core import expert_range
 from ffmoe_core.comm import Step
 from ffmoe_core.errors import UnsupportedError
-from ffmoe_torch import clip_grad_norm_, get_dense_params, shard_experts
+from ffmoe_torch import clip_grad_norm_, ddp_ignored, get_dense_params, shard_experts
 from ffmoe_torch.checkpoint import ExpertShard, ShardedState
 from tests.ep.cases_torch import Model, check_state, expert_parameters, gloo, make_layer, make_tokens, train
 
@@ -79,7 +79,7 @@ class Run:
                 ep_group, self.replicas = mesh.get_group("ep"), mesh.get_group("replica")
             shard_experts(self.model, ep_group, "torch")
         if dense == "ddp":
-            ignored = [f"layers.{i}.{name}" for i in range(2) for name in ("w_up", "w_down")]
+            ignored = ddp_ignored(self.model)
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, ignored)
             self.forward = DistributedDataParallel(self.model, process_group=self.ranks)
         elif dense == "fsdp":

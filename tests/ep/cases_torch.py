@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,9 +20,23 @@ from torch.utils.checkpoint import checkpoint
 
 from ffmoe_core import expert_range
 from ffmoe_core.comm import Step
-from ffmoe_core.errors import CommError, ConfigError, DeviceError, UnsupportedError
+from ffmoe_core.errors import (
+    CommError,
+    ConfigError,
+    DeviceError,
+    DTypeError,
+    ShapeError,
+    UnsupportedError,
+)
 from ffmoe_core.expert_parallel import aborting
-from ffmoe_torch import MoELayer, clip_grad_norm_, full_state_dict, get_dense_params, shard_experts
+from ffmoe_torch import (
+    MoELayer,
+    clip_grad_norm_,
+    ddp_ignored,
+    full_state_dict,
+    get_dense_params,
+    shard_experts,
+)
 from ffmoe_torch.communicator import communicator_for
 from tests.support import assert_close
 from tests.torch.checks import numbers
@@ -190,9 +205,10 @@ def data_parallel_training(comm):
     model.load_state_dict(whole.state_dict())
     shard_experts(model, gloo(comm), "torch")
     assert [layer._sharded.name for layer in model.layers] == ["layers.0", "layers.1"]
-    dense = {id(parameter) for parameter in get_dense_params(model)}
-    ignored = [name for name, parameter in model.named_parameters() if id(parameter) not in dense]
-    assert sorted(ignored) == [f"layers.{i}.{w}" for i in range(2) for w in ("w_down", "w_up")]
+    ignored = ddp_ignored(model)
+    assert sorted(ignored) == [
+        f"layers.{i}.{name}" for i in range(2) for name in ("expert_counts", "w_down", "w_up")
+    ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = DistributedDataParallel(model, process_group=gloo(comm))
     cut = cuts[comm.rank]
@@ -201,6 +217,21 @@ def data_parallel_training(comm):
     assert max(wanted) > 0.5
     assert norms == pytest.approx(wanted, rel=1e-10)
     check_state(model.state_dict(), whole.state_dict(), expert_range(7, comm.size, comm.rank))
+
+
+@case
+def counts_under_data_parallel(comm):
+    """DDP gives every rank the first one's buffers before a call, and counts are added up over several."""
+    whole, layer = make_layer(expert_bias=True), make_layer(expert_bias=True)
+    layer.shard_experts(gloo(comm), "torch")
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(layer, ddp_ignored(layer))
+    wrapped = DistributedDataParallel(layer, process_group=gloo(comm))
+    x, _, cuts = make_tokens([5 + 4 * rank for rank in range(comm.size)])
+    for _ in range(3):
+        wrapped(x[cuts[comm.rank]])[0].sum().backward()
+        whole(x)
+    assert whole.expert_counts.sum() > 0
+    assert torch.equal(averaged(comm, layer.expert_counts) * comm.size, whole.expert_counts.double())
 
 
 def check_state(got, wanted, experts):
@@ -328,13 +359,10 @@ def main_grads(comm):
 @case
 def main_grads_under_autocast_and_compiled(comm):
     layer, plain = make_layer(torch.float32, main_grad=True), make_layer(torch.float32)
-    with_sums(layer, 0.0)
     for one in (layer, plain):
         one.shard_experts(MPI.COMM_WORLD, "mpi")
     x, _, cuts = make_tokens([4] * comm.size, torch.float32)
     x = x[cuts[comm.rank]].requires_grad_()
-    with pytest.raises(ConfigError, match="w_up has no main_grad"):  # the parameters are new ones
-        layer(x)
     torch._dynamo.reset()
     for dtype, rounding in ((torch.bfloat16, 0.02), (None, 1e-5)):
         with_sums(layer, 0.0)
@@ -347,6 +375,15 @@ def main_grads_under_autocast_and_compiled(comm):
         for ours, theirs in zip(layer.expert_params, plain.expert_params, strict=True):
             assert ours.grad is None
             torch.testing.assert_close(ours.main_grad, theirs.grad, rtol=rounding, atol=rounding)
+
+
+@case
+def main_grads_from_before_the_experts_were_spread(comm):
+    layer = with_sums(make_layer(main_grad=True), 0.0)
+    layer.shard_experts(MPI.COMM_WORLD, "mpi", ep_timeout=19)  # used up here
+    x, _, cuts = make_tokens([4] * comm.size)
+    with pytest.raises(ConfigError, match="w_up has no main_grad"):  # the parameters are new ones
+        layer(x[cuts[comm.rank]])
 
 
 @case
@@ -496,6 +533,73 @@ def checkpoints_of_all_experts(comm):
         model.load_state_dict(model.state_dict())  # of this rank alone
         assert torch.equal(layer.w_up, whole.w_up[own])
         assert len(state["0.w_up"]) == 7
+
+
+@case
+def checkpoints_of_a_layer_with_several_names(comm):
+    """Or with others in its state dict than in ``named_modules()``."""
+    for options in ({"assign": False}, {"assign": True}):
+        whole, layer = make_layer(), make_layer()
+        model = nn.ModuleDict({"one": checkpoint_wrapper(layer), "two": layer})
+        wanted = {f"{name}.{key}": v for name in ("one", "two") for key, v in whole.state_dict().items()}
+        shard_experts(model, gloo(comm), "torch")
+        state = full_state_dict(model)
+        assert list(state) == list(wanted)
+        assert all(torch.equal(state[key], value) for key, value in wanted.items())
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.zero_()
+        model.load_state_dict(state, **options)
+        own = list(expert_range(7, comm.size, comm.rank))
+        assert torch.equal(layer.w_up, whole.w_up[own])
+        assert layer.w_up.untyped_storage().nbytes() == layer.w_up.nbytes  # of these experts, not of all
+
+
+@case
+def gradients_of_another_backward(comm):
+    """One that stops between the experts and the dispatch leaves nothing behind for the next."""
+    layer = make_layer(latent_dim=9)
+    layer.shard_experts(MPI.COMM_WORLD, "mpi")
+    x, _, cuts = make_tokens([4] * comm.size)
+    output, losses = layer(x[cuts[comm.rank]])
+    torch.autograd.grad(output.sum(), layer.proj_up.weight, retain_graph=True)
+    (losses["aux_loss"] + 0 * output.sum()).backward(inputs=[layer.gate.weight], retain_graph=True)
+    losses["aux_loss"].backward(inputs=[layer.w_up])
+    assert layer.w_up.grad is None or not layer.w_up.grad.any()
+
+
+@case
+def an_error_before_the_first_exchange_reaches_every_rank(comm):
+    if comm.size == 1:
+        return
+    x, _, cuts = make_tokens([4] * comm.size)
+    x = x[cuts[comm.rank]]
+    wrong = {
+        ShapeError: lambda layer: layer(x[:, 1:]),
+        DTypeError: lambda layer: layer(x.int()),
+        ConfigError: lambda layer: with_sums(layer, 0.0).w_up.__delattr__("main_grad") or layer(x),
+    }
+    for number, (kind, call) in enumerate(wrong.items()):
+        layer = make_layer(latent_dim=9, jitter=0.1, main_grad=True)
+        layer.shard_experts(gloo(comm), "torch", ep_timeout=20 + number)  # used up here
+        with_sums(layer, 0.0)
+        with pytest.raises(kind if comm.rank == 1 else CommError) as raised:
+            (call if comm.rank == 1 else lambda layer: layer(x))(layer)
+        if comm.rank != 1:
+            assert raised.value.ranks == (1,)
+            assert f"rank 1 raised {kind.__name__}" in str(raised.value)
+
+
+@case
+def transforms(comm):
+    layer = make_layer()
+    layer.shard_experts(MPI.COMM_WORLD, "mpi")
+    x, _, cuts = make_tokens([4] * comm.size)
+    x = x[cuts[comm.rank]]
+    with pytest.raises(UnsupportedError, match=r"transforms of torch\.func"):
+        torch.func.grad(lambda x: layer(x)[0].sum())(x)
+    with pytest.raises(UnsupportedError, match=r"torch\.func"), torch.no_grad():
+        torch.func.jvp(lambda x: layer(x)[0], (x,), (x,))
 
 
 @case

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -148,12 +149,13 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_bits(whole, texts, tmp_path):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert "--resume" in output
+    (again,) = re.findall("Go on with: (.*)", output)
     stopped = checkpoint(tmp_path)
     assert 10 <= stopped["step"] < 20
     assert not (tmp_path / "report.html").exists()
 
-    train(tmp_path, "--resume", "--device", "cpu")
+    subprocess.run(shlex.split(again), env=environment(), capture_output=True, check=True, timeout=120)
+    assert checkpoint(tmp_path)["step"] == 20
     assert (tmp_path / "report.html").exists()
     resumed, straight = checkpoint(tmp_path), checkpoint(folder)
     for state in resumed, straight:
@@ -169,6 +171,7 @@ def test_errors_are_readable(whole, texts, tmp_path):
     assert "--experts is 4 there" in train(folder, *again, "--experts", "8", code=2)
     assert "top_k" in train(tmp_path, *TINY, "--top-k", "9", code=2)
     assert "multiple of 32" in train(tmp_path, "--width", "33", code=2)
+    assert "nan is not a finite number above 0" in train(tmp_path, "--learning-rate", "nan", code=2)
     assert "--device nowhere" in train(tmp_path, "--device", "nowhere", code=2)
     short = tmp_path / "short.txt"
     short.write_text("too short")

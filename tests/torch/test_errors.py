@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ffmoe_core import errors
-from ffmoe_torch import MoELayer, fused_moe
+from ffmoe_torch import MoELayer, communicator, fused_moe
 from tests.torch.checks import SIZES, make_layer, random_tokens
 
 
@@ -35,6 +35,9 @@ BAD_OPTIONS = [
     ({"capacity_factor": -1.0}, errors.ConfigError, "capacity_factor=-1.0"),
     ({"aux_loss_coeff": -1.0}, errors.ConfigError, "aux_loss_coeff=-1.0"),
     ({"num_expert_groups": 4, "topk_groups": 2}, errors.ConfigError, "num_expert_groups=4.*num_experts=6"),
+    ({"expert_bias": 1}, errors.ConfigError, "expert_bias=1 must be True or False"),
+    ({"main_grad": "no"}, errors.ConfigError, "main_grad='no' must be True or False"),
+    ({"recompute_activations": 0}, errors.ConfigError, "recompute_activations=0 must be True or False"),
     ({"dtype": torch.int32}, errors.DTypeError, "dtype=torch.int32.*torch.bfloat16"),
 ]
 
@@ -51,7 +54,11 @@ def test_options_of_the_function(device):
         ({"top_k": 7}, "top_k=7.*num_experts=6"),
         ({"top_k": 2, "activation": "relu"}, "activation='relu'.*'swiglu'"),
         ({"top_k": 2, "num_expert_groups": 2}, "num_expert_groups=2.*topk_groups=None"),
+        ({"top_k": 2, "recompute_activations": "no"}, "recompute_activations='no' must be True or False"),
+        ({"top_k": 2.0}, "top_k=2.0 must be an int"),  # though it equals the 2 of the call before
+        ({"top_k": 2, "norm_topk_prob": 1}, "norm_topk_prob=1 must be True or False"),
     ]:
+        fused_moe(x, layer.gate.weight, layer.w_up, layer.w_down, 2)
         with pytest.raises(errors.ConfigError, match=message):
             fused_moe(x, layer.gate.weight, layer.w_up, layer.w_down, **options)
 
@@ -59,9 +66,18 @@ def test_options_of_the_function(device):
 BAD_INPUTS = [
     (lambda x: (x[..., :23],), errors.ShapeError, r"x has shape \(5, 23\).*d_model=24"),
     (lambda x: (x[0, 0],), errors.ShapeError, r"x has shape \(\)"),
-    (lambda x: (x.double(),), errors.DTypeError, "gate_weight has dtype float32.*float64"),
-    (lambda x: (x.half(),), errors.DTypeError, "w_up has dtype float32 but x has float16"),
-    (lambda x: (x.int(),), errors.DTypeError, "x has dtype int32"),
+    (
+        lambda x: (x.double(),),
+        errors.DTypeError,
+        r"x has dtype torch\.float64 but the layer has torch\.float32",
+    ),
+    (
+        lambda x: (x.half(),),
+        errors.DTypeError,
+        r"x has dtype torch\.float16 but the layer has torch\.float32",
+    ),
+    (lambda x: (x.int(),), errors.DTypeError, r"x has dtype torch\.int32 but the layer has torch\.float32"),
+    (lambda x: (x.to("meta"),), errors.DeviceError, "x is on meta but the layer is on"),
     (
         lambda x: (x, torch.ones(4, dtype=torch.bool)),
         errors.ShapeError,
@@ -71,12 +87,34 @@ BAD_INPUTS = [
 ]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"latent_dim": 4}, {"jitter": 0.1}, {"num_shared_experts": 1}], ids=label
+)
 @pytest.mark.parametrize(("change", "error", "message"), BAD_INPUTS, ids=label)
-def test_inputs(device, change, error, message):
-    layer, x = make_layer(device), random_tokens(5, device=device).detach()
+def test_inputs(device, change, error, message, options):
+    layer, x = make_layer(device, **options), random_tokens(5, device=device).detach()
     with pytest.raises(error, match=message):
         layer(*change(x))
     layer(x)
+
+
+def test_autocast_takes_no_integers(device):
+    layer, x = make_layer(device), random_tokens(5, device=device).detach()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        layer(x.half())
+        with pytest.raises(errors.DTypeError, match=r"x has dtype torch\.int32"):
+            layer(x.int())
+
+
+def test_nccl_without_a_process_group_is_for_all_of_mpi(monkeypatch):
+    asked = []
+    monkeypatch.setattr(communicator, "_new", lambda *arguments: asked.append(arguments[:3]))
+    monkeypatch.setattr(communicator, "_made_over", lambda group: {})
+    for backend in ("auto", "nccl"):
+        communicator.communicator_for(None, backend, 60.0, torch.device("cuda:0"))
+    assert asked == [(None, "nccl", 60.0)] * 2
+    with pytest.raises(errors.ConfigError, match="ep_backend='torch' needs an ep_group"):
+        communicator.communicator_for(None, "torch", 60.0, torch.device("cpu"))
 
 
 BAD_WEIGHTS = [

@@ -267,6 +267,31 @@ def test_meta_device_and_to_empty(device):
     check_layer(layer, random_tokens(9, device=device))
 
 
+def test_weights_assigned_to_a_layer_on_the_meta_device(device):
+    state = make_layer(device, expert_bias=True).state_dict()
+    layer = MoELayer(**SIZES, expert_bias=True, device="meta")
+    layer.load_state_dict(state, assign=True)
+    whole = make_layer(device, expert_bias=True)
+    whole.load_state_dict(state)
+    x = random_tokens(9, device=device)
+    for one in (layer, whole):
+        for _ in range(2):
+            one(x)
+            one.update_expert_bias(0.1)
+    assert torch.equal(layer.expert_bias, whole.expert_bias)
+    whole(x)
+    whole.load_state_dict(state)
+    assert not whole.expert_counts.any()
+
+
+def test_deepcopy_and_pickle_of_a_compiled_layer():
+    layer, x = make_layer(), random_tokens(9)
+    layer.compile(backend="eager")
+    want, _ = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x)[0], want)
+
+
 def test_deepcopy_pickle_and_state_dict(device):
     layer = make_layer(device, num_shared_experts=1, latent_dim=8, expert_bias=True, **LOSSES)
     x = random_tokens(9, device=device)

@@ -219,7 +219,7 @@ def test_tensors_that_are_not_ordinary(device):
     assert type(layer(x.as_subclass(Subclass))[0]) is Subclass
     bare = MoELayer(**SIZES, device="meta")
     assert bare(x.to("meta"))[0].is_meta
-    with pytest.raises(DeviceError, match="gate_weight has no memory"):
+    with pytest.raises(DeviceError, match="on the meta device, without memory"):
         bare(x)
     with FakeTensorMode(allow_non_fake_inputs=True):
         output, _ = layer(torch.empty(3, 24, device=device))
@@ -256,6 +256,24 @@ with torch.autocast("cpu", dtype=torch.bfloat16):
     layer = MoELayer(8, 8, 2, 1)
     assert layer(torch.randn(3, 8))[0].dtype == torch.bfloat16
 assert layer(torch.randn(3, 8))[0].dtype == torch.float32
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.gpu
+def test_a_process_that_imported_it_can_fork():
+    """Autograd's threads for GPUs, which no child has, start with the first backward, and not with the import."""
+    script = """
+import os
+import torch
+import ffmoe_torch
+layer = ffmoe_torch.MoELayer(8, 8, 2, 1)
+layer(torch.randn(3, 8))
+child = os.fork()
+if child == 0:
+    torch.ones(1, requires_grad=True).sum().backward()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -453,6 +471,19 @@ def test_forward_mode_is_refused(device):
     layer, x = make_layer(device), random_tokens(5, device=device).detach()
     with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="forward-mode"):
         layer(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad])
+def test_forward_mode_is_refused_where_nothing_is_recorded(device, mode):
+    layer, x = make_layer(device).requires_grad_(False), random_tokens(5, device=device).detach()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with mode():
+            layer(x)
+            with pytest.raises(UnsupportedError, match="forward-mode"):
+                layer(dual)
+            with pytest.raises(UnsupportedError, match="forward-mode"), torch.autocast(device):
+                layer(dual)
 
 
 def test_functional_call_and_batched_backward_work(device):
