@@ -91,8 +91,16 @@ $(VENV)/bin/python:
 	@command -v $${CC:-cc} >/dev/null || { echo "ffmoe needs a C compiler (cc)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# What was asked for the last time; with another torch or other extras, .venv is brought up to date.
+WANTED := $(TORCH) $(EXTRAS)
+ifneq ($(shell cat $(VENV)/.wanted 2>/dev/null),$(WANTED))
+.PHONY: $(VENV)/.wanted
+endif
+$(VENV)/.wanted: | $(VENV)/bin/python
+	echo '$(WANTED)' > $@
+
 # Editable: `import ffmoe_core` works from any folder and sees an edit at once.
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml $(VENV)/.wanted | $(VENV)/bin/python
 	$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > $(VENV)/build-requires.txt
 	$(PY) -m pip install '$(TORCH)' --requirement $(VENV)/build-requires.txt
 	$(PY) -m pip install --no-build-isolation --editable '.[$(EXTRAS)]'

@@ -10,7 +10,8 @@ on all alike; the table gives medians over the rounds. Contenders:
     grouped_mm    torch._grouped_mm over sorted rows, as torchtitan does it
     bmm bound     two perfectly balanced torch.bmm and an activation: no routing, nothing gathered
 
-Forward is without autograd; forward+backward asks for the gradients of the input and of every weight.
+Forward is without autograd; forward+backward asks for the gradients of the input and of every weight. Shapes named
+alone are merged into a record of the same sources, processor and settings.
 """
 
 import argparse
@@ -27,10 +28,11 @@ from torch import Tensor
 
 import ffmoe_core
 import record
+from arguments import Shape, positive, previous, shape
+from ffmoe_core.errors import ConfigError
 from ffmoe_torch import fused_moe
 
-SHAPES = ((2048, 512, 512, 16, 2), (4096, 256, 128, 64, 8), (64, 512, 512, 16, 2))
-Shape = tuple[int, ...]
+SHAPES = (shape("2048,512,512,16,2"), shape("4096,256,128,64,8"), shape("64,512,512,16,2"))
 Call = Callable[[], object]
 
 
@@ -137,21 +139,36 @@ def summary(medians: dict[str, dict[str, float]], direction: str) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("shapes", nargs="*", help="T,H,I,E,K; without any, the three of the design")
-    parser.add_argument("--threads", type=int, default=ffmoe_core.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "cpu_layer.json")
+    parser.add_argument(
+        "shapes", nargs="*", type=shape, metavar="T,H,I,E,K", help="default: the three of the design"
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=ffmoe_core.get_num_threads(),
+        metavar="N",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=40, metavar="N", help="times each is timed; default: %(default)s"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=record.RESULTS / "cpu_layer.json", help="the record; default: %(default)s"
+    )
     arguments = parser.parse_args()
-    shapes = [tuple(map(int, text.split(","))) for text in arguments.shapes] or SHAPES
+    try:
+        ffmoe_core.set_num_threads(arguments.threads)
+    except ConfigError as error:
+        parser.error(f"argument --threads: {error}")
+    torch.set_num_threads(arguments.threads)
     random.seed(0)
     torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
-    ffmoe_core.set_num_threads(arguments.threads)
 
-    results = {}
-    for shape in shapes:
-        name = ",".join(map(str, shape))
-        medians = measure(shape, arguments.rounds)
+    settings = {"threads": arguments.threads, "rounds": arguments.rounds, "dtype": "float32"}
+    head = {**record.environment(), "sources": record.sources_digest(), **settings}
+    results = previous(arguments.out, head) if arguments.shapes else {}
+    for name, sizes in arguments.shapes or SHAPES:
+        medians = measure(sizes, arguments.rounds)
         ratios = {direction: summary(medians, direction) for direction in ("forward", "forward_backward")}
         results[name] = {"median_ms": medians, "ratios": ratios}
         print(f"{name}: milliseconds, forward / forward+backward")
@@ -160,9 +177,7 @@ def main() -> None:
         for direction, row in ratios.items():
             print(f"    {direction}: {row['to_peer']:.2f}x the faster peer, {row['to_bound']:.2f}x the bound")
         sys.stdout.flush()
-    settings = {"threads": arguments.threads, "rounds": arguments.rounds, "dtype": "float32"}
-    origin = {**record.environment(), "sources": record.sources_digest()}
-    record.write(arguments.out, {**origin, **settings, "shapes": results})
+    record.write(arguments.out, {**head, "shapes": results})
 
 
 if __name__ == "__main__":

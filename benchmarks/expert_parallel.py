@@ -31,11 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import record
+from arguments import Shape, positive, shape
 from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import Step
 from ffmoe_torch import MoELayer
 
-SHAPES = ((8192, 4096, 1024, 128, 8), (8192, 7168, 2048, 64, 8), (8192, 1024, 2048, 8, 2))
+SHAPES = (shape("8192,4096,1024,128,8"), shape("8192,7168,2048,64,8"), shape("8192,1024,2048,8,2"))
 WIRE_MIB = (8, 64, 256, 512)
 WARM_UP = 3
 Call = Callable[[], object]
@@ -112,9 +113,7 @@ class Timer:
             torch.cuda.synchronize(self.device)
 
 
-def contenders(
-    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> dict[str, tuple[Call, Call]]:
+def contenders(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Call, Call]]:
     """name -> (forward, forward and backward)."""
     T, H, I, E, K = shape
     ranks = dist.get_world_size()
@@ -174,38 +173,60 @@ def wire(mib: int, device: torch.device, timer: Timer) -> dict[str, float]:
     return {name: leaving / took / 1e6 for name, took in times.items()}
 
 
-def shape_of(text: str) -> tuple[int, ...]:
-    values = tuple(map(int, text.split(",")))
-    if len(values) != 5:
-        raise argparse.ArgumentTypeError(f"{text!r} is not T,H,I,E,K")
-    return values
-
-
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shapes", nargs="*", type=shape_of, default=SHAPES, metavar="T,H,I,E,K")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--out", type=Path, help="where to write the record")
+    parser.add_argument(
+        "shapes",
+        nargs="*",
+        type=shape,
+        default=SHAPES,
+        metavar="T,H,I,E,K",
+        help=f"default: {' '.join(name for name, _ in SHAPES)}",
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=20, metavar="N", help="times each is timed; default: %(default)s"
+    )
+    parser.add_argument("--cpu", action="store_true", help="float32 over gloo instead of bfloat16 over NCCL")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the record")
     args = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("start it with torchrun, see --help")
+    # every rank finds these, so that none waits for another
+    here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if not args.cpu and here > gpus:
+        parser.error(
+            f"{here} ranks on this machine need a GPU each, and {gpus} can be used: "
+            "start no more ranks than GPUs, or use --cpu"
+        )
+    ranks = int(os.environ["WORLD_SIZE"])
+    for name, (*_, E, K) in args.shapes:
+        if E % ranks or E // ranks < K:
+            parser.error(
+                f"{name}: E={E} is not a multiple of the {ranks} ranks with at least K={K} experts for each"
+            )
+    return args
+
+
+def main() -> None:
+    args = parsed()
     device = torch.device("cpu" if args.cpu else f"cuda:{os.environ['LOCAL_RANK']}")
     if not args.cpu:
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if args.cpu else "nccl")
     timer = Timer(device, args.rounds)
     results: dict[str, Any] = {"ranks": dist.get_world_size(), "layers": [], "wire": []}
-    for shape in args.shapes:
-        calls = contenders(shape, device, torch.float32 if args.cpu else torch.bfloat16)
+    for _, sizes in args.shapes:
+        calls = contenders(sizes, device, torch.float32 if args.cpu else torch.bfloat16)
         forward = timer.medians({name: call for name, (call, _) in calls.items()})
         both = timer.medians({name: call for name, (_, call) in calls.items()})
-        results["layers"].append({"shape": shape, "forward": forward, "forward_backward": both})
+        results["layers"].append({"shape": sizes, "forward": forward, "forward_backward": both})
         ours, theirs = (calls[name][0]() for name in ("ffmoe", "peer"))
         difference = (torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(ours)).item()
         results["layers"][-1]["difference"] = difference
         if dist.get_rank() == 0:
-            print(f"\n{shape}: milliseconds forward / forward+backward; outputs differ by {difference:.1e}")
+            print(f"\n{sizes}: milliseconds forward / forward+backward; outputs differ by {difference:.1e}")
             for name in calls:
                 print(f"  {name:14} {forward[name]:9.3f} {both[name]:9.3f}", flush=True)
     for mib in (1,) if args.cpu else WIRE_MIB:

@@ -19,8 +19,8 @@ Routing:
 Kept is what torch's allocator holds more after forward than before it; the output is in it, the input and
 weights are not. A stage's floor is the larger of its operations at the rate of an 8192^3 cuBLAS product and
 its bytes, each counted once, at the rate of a copy, both measured just before the shape. The plot
-(benchmarks/layer_plot.py) goes beside the record. Shapes named alone are merged into a record of the same
-sources on the same device.
+(benchmarks/layer_plot.py) goes beside the record. What is measured of chosen shapes, routings or peers is merged into
+a record of the same sources on the same device.
 """
 
 import argparse
@@ -219,10 +219,10 @@ def kept_bytes(contender: Contender) -> int:
 # The stage of a kernel from `route` on, by its name and how often it came before.
 STAGE_OF = {
     "sort_count": ("sort",),
-    "sort_scan": ("sort",),
     "sort_place": ("sort",),
+    "sort_select": ("sort",),
     "route": ("route",),
-    "route_finish": ("route",),
+    "route_plan": ("sort",),
     "grouped_glu": ("up",),
     "grouped_gemm": ("down", "d-input"),
     "combine": ("combine",),
@@ -425,8 +425,22 @@ def previous(path: Path, head: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {}
     record = json.loads(path.read_text())
-    same = all(record.get(key) == value for key, value in head.items() if key != "date")
-    return record["shapes"] if same else {}
+    if any(record.get(key) != value for key, value in head.items() if key != "date"):
+        raise SystemExit(
+            f"{path} is of other sources or another device, and what is not measured now would be lost: "
+            "name another file with --out, or measure everything"
+        )
+    shapes: dict[str, Any] = record["shapes"]
+    return shapes
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A shape's record with what was not measured now as it was before."""
+    routing = before.get("routing", {}) | now["routing"]
+    for name, result in now["routing"].items():
+        contenders = before.get("routing", {}).get(name, {}).get("contenders", {}) | result["contenders"]
+        routing[name] = result | {"contenders": contenders}
+    return now | {"routing": routing}
 
 
 def main() -> None:
@@ -439,10 +453,11 @@ def main() -> None:
     head = {**environment(), "sources": sources_digest(), "dtype": "bfloat16", "rounds": ROUNDS}
     head["versions"] |= versions()
     print(head["device"], head["versions"], flush=True)
-    shapes = previous(arguments.out, head) if arguments.shapes else {}
+    everything = not arguments.shapes and arguments.routing == list(ROUTINGS) and arguments.peers == list(CONTENDERS)
+    shapes = {} if everything else previous(arguments.out, head)
     for name, shape in arguments.shapes or SHAPES.items():
         print(name, shape, flush=True)
-        shapes[name] = measure(shape, arguments.routing, arguments.peers, clock)
+        shapes[name] = merged(shapes.get(name, {}), measure(shape, arguments.routing, arguments.peers, clock))
         release()
         # after each shape, so that a run cut short leaves what it had
         write(arguments.out, {**head, "shapes": dict(sorted(shapes.items()))})

@@ -38,6 +38,20 @@ def grouped(stages: dict[str, dict[str, float]]) -> dict[str, float]:
     return spent
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The record in a file; SystemExit where there is none."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        ours = all("routing" in row for row in record["shapes"].values())
+    except OSError as error:
+        raise SystemExit(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        ours = False
+    if not ours:
+        raise SystemExit(f"{path} is no record of benchmarks/layer.py")
+    return record
+
+
 def draw(record: dict[str, Any], path: Path) -> None:
     """Draw the balanced shapes of a record that have what the picture compares: ours and the bound."""
     try:
@@ -107,9 +121,11 @@ def draw_ratios(axes: Any, shapes: dict[str, Any], key: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("record", nargs="?", type=Path, default=RESULTS / "layer.json")
+    parser.add_argument(
+        "record", nargs="?", type=Path, default=RESULTS / "layer.json", help="default: %(default)s"
+    )
     path = parser.parse_args(arguments).record
-    draw(json.loads(path.read_text()), path.with_suffix(".svg"))
+    draw(read(path), path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """Device memory a layer holds between forward and backward, with and without recompute_activations.
 
-    python benchmarks/memory_kept.py [--out FILE] [T,H,I,E,K ...]
+    python benchmarks/memory_kept.py [--out FILE] [A ... G | T,H,I,E,K ...]
 
 Counted is what torch's allocator holds more after the forward call than before it, so input and weights
-are not in it and the output is. bfloat16, dropless; the shapes are those of the layer's benchmarks.
+are not in it and the output is. bfloat16, dropless; the shapes are those of the layer's benchmarks. Shapes
+named alone are merged into a record of the same sources on the same device.
 """
 
 import argparse
+import functools
 import gc
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from arguments import Shape, previous, shape
 from ffmoe_core.errors import OutOfMemoryError
 from ffmoe_torch import MoELayer
 from record import RESULTS, environment, sources_digest, write
@@ -26,7 +29,6 @@ SHAPES = {
     "F": (16384, 4096, 14336, 8, 2),
     "G": (16384, 7168, 2048, 64, 8),
 }
-Shape = tuple[int, int, int, int, int]
 
 
 def kept_bytes(shape: Shape, recompute: bool) -> int | None:
@@ -62,23 +64,31 @@ def measure(shape: Shape) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "memory_kept.json")
-    parser.add_argument("shapes", nargs="*", metavar="T,H,I,E,K", help="default: shapes A to G")
+    parser.add_argument(
+        "shapes",
+        nargs="*",
+        type=functools.partial(shape, known=SHAPES),
+        metavar="SHAPE",
+        help="A to G or T,H,I,E,K; default: A to G",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "memory_kept.json", help="the record; default: %(default)s"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("memory_kept.py measures a layer on an NVIDIA GPU, and there is none here")
 
-    given = {text: tuple(int(size) for size in text.split(",")) for text in arguments.shapes}
-    rows = {}
-    for name, shape in (given or SHAPES).items():
-        rows[name] = measure(shape)
+    head = {**environment(), "sources": sources_digest(), "dtype": "bfloat16"}
+    rows = previous(arguments.out, head) if arguments.shapes else {}
+    for name, sizes in arguments.shapes or SHAPES.items():
+        rows[name] = measure(sizes)
         mib = {
             key: "does not fit" if value is None else f"{value / 2**20:.1f} MiB"
             for key, value in rows[name].items()
             if key.startswith("kept")
         }
-        print(name, shape, mib, flush=True)
-    write(arguments.out, {**environment(), "sources": sources_digest(), "dtype": "bfloat16", "shapes": rows})
+        print(name, sizes, mib, flush=True)
+    write(arguments.out, {**head, "shapes": rows})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SOURCES = ("kernels", "ffmoe_core", "ffmoe_torch", "tests/core", "tests/cuda", "tests/ep", "tests/torch")
+SOURCES = ("kernels", "ffmoe_core", "ffmoe_torch", "tests", "benchmarks")
 SUFFIXES = {".cu", ".cuh", ".h", ".pxd", ".py", ".pyi", ".pyx"}
 PACKAGES = ("torch", "cupy-cuda12x", "cupy-cuda13x", "numpy", "scipy", "cython", "hypothesis", "pytest")
 

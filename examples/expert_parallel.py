@@ -31,6 +31,7 @@ from cupy_moe import (
 )
 from ffmoe_core import ExpertParallel, MoEConfig
 from ffmoe_core.comm import Communicator, Step, all_reduced
+from ffmoe_core.errors import DeviceError, FFMoEError, MissingDependencyError
 
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 if UNDER_TORCHRUN:  # the core needs no torch
@@ -42,6 +43,15 @@ if UNDER_TORCHRUN:  # the core needs no torch
 
 AUX_LOSS = 0.01
 TIMEOUT = 60.0  # seconds that a rank waits for another
+
+
+def check_gpus(ranks: int, gpus: int) -> None:
+    """Every rank of this machine finds out, so that none waits for another."""
+    if ranks > gpus:
+        raise DeviceError(
+            f"{ranks} ranks on this machine need a GPU each, and {gpus} can be used: "
+            "start no more ranks than GPUs, or use --cpu"
+        )
 
 
 def report(rank: int, step: int, loss: float) -> None:
@@ -57,13 +67,17 @@ def communicator(cpu: bool) -> Communicator:
         from ffmoe_core.comm.mpi import MpiCommunicator
 
         return MpiCommunicator(timeout=TIMEOUT)
-    import cupy
-    from mpi4py import MPI
-
-    from ffmoe_core.comm.mpi import MpiControl
+    try:
+        import cupy
+    except ModuleNotFoundError:
+        raise MissingDependencyError(
+            "CuPy is not installed: pip install 'ffmoe[cuda13]' (or cuda12), or use --cpu"
+        ) from None
+    from ffmoe_core.comm.mpi import MPI, MpiControl
     from ffmoe_core.comm.nccl import NcclCommunicator
 
     on_this_host = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    check_gpus(on_this_host.Get_size(), cupy.cuda.runtime.getDeviceCount() if cupy.cuda.is_available() else 0)
     cupy.cuda.Device(on_this_host.Get_rank()).use()
     return NcclCommunicator(MpiControl(timeout=TIMEOUT), timeout=TIMEOUT)
 
@@ -109,6 +123,7 @@ def train_torch(cpu: bool) -> float:
     """The same with torch, in a process group."""
     device = torch.device("cpu" if cpu else f"cuda:{os.environ['LOCAL_RANK']}")
     if not cpu:
+        check_gpus(int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count())
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if cpu else "nccl")
     unexplained = train_layer(device)
@@ -149,21 +164,29 @@ def train_layer(device: "torch.device") -> float:
     return (squares[0] / squares[1]).item()
 
 
+def trained(cpu: bool) -> tuple[int, float]:
+    """This rank's number, and what train_core or train_torch returned."""
+    if UNDER_TORCHRUN:
+        return int(os.environ["RANK"]), train_torch(cpu)
+    comm = communicator(cpu)
+    if cpu:
+        xp: ModuleType = np
+    else:
+        import cupy as xp
+    return comm.rank, train_core(xp, comm)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cpu", action="store_true", help="host memory instead of GPUs")
     cpu = parser.parse_args().cpu
-    if UNDER_TORCHRUN:
-        rank, unexplained = int(os.environ["RANK"]), train_torch(cpu)
-    else:
-        comm = communicator(cpu)
-        if cpu:
-            xp: ModuleType = np
-        else:
-            import cupy as xp
-        rank, unexplained = comm.rank, train_core(xp, comm)
+    try:
+        rank, unexplained = trained(cpu)
+    except (FFMoEError, ImportError) as error:
+        print(f"expert_parallel.py: {error}", file=sys.stderr)
+        return 2
     if rank == 0:
         print(f"unexplained variance on fresh examples: {unexplained:.1%} (the goal is {GOAL:.0%})")
     return 0 if unexplained < GOAL else 1

@@ -1,6 +1,8 @@
 """MoEConfig: what the routed part of a layer computes, checked once."""
 
 import math
+from fractions import Fraction
+from functools import lru_cache
 from dataclasses import dataclass
 
 from .errors import ConfigError
@@ -77,12 +79,12 @@ class MoEConfig:
         _check_choice("activation", self.activation, ACTIVATIONS)
         _check_choice("gating", self.gating, GATINGS)
         _check_choice("drop_policy", self.drop_policy, DROP_POLICIES)
-        _check_float("routed_scaling_factor", self.routed_scaling_factor)
-        _check_float("aux_loss_coeff", self.aux_loss_coeff, 0.0)
-        _check_float("z_loss_coeff", self.z_loss_coeff, 0.0)
+        check_float("routed_scaling_factor", self.routed_scaling_factor)
+        check_float("aux_loss_coeff", self.aux_loss_coeff, 0.0)
+        check_float("z_loss_coeff", self.z_loss_coeff, 0.0)
         self._check_groups()
         if self.capacity_factor is not None:
-            _check_float("capacity_factor", self.capacity_factor)
+            check_float("capacity_factor", self.capacity_factor)
             if self.capacity_factor <= 0:
                 raise ConfigError(
                     f"capacity_factor={self.capacity_factor} must be above 0, or None for dropless"
@@ -123,8 +125,17 @@ class MoEConfig:
         if self.capacity_factor is None:
             return self.max_tokens_per_expert
         most = num_tokens * self.top_k
-        share = math.ceil(min(self.capacity_factor * most / self.num_experts, most))
+        share = min(_share(self.capacity_factor, most, self.num_experts), most)
         return share if self.max_tokens_per_expert is None else min(share, self.max_tokens_per_expert)
+
+
+@lru_cache(maxsize=256)
+def _share(capacity_factor: float, num_rows: int, num_experts: int) -> int:
+    """ceil(capacity_factor * num_rows / num_experts) of the factor as it is written, in decimals.
+
+    In floats 1.1 * 100 is a bit more than 110.
+    """
+    return math.ceil(Fraction(repr(capacity_factor)) * num_rows / num_experts)
 
 
 def needs_logits(gating: str, norm_topk_prob: bool, aux_loss_coeff: float, z_loss_coeff: float) -> bool:
@@ -148,7 +159,7 @@ def _check_bool(name: str, value: object) -> None:
         raise ConfigError(f"{name}={value!r} must be True or False")
 
 
-def _check_float(name: str, value: object, low: float | None = None) -> None:
+def check_float(name: str, value: object, low: float | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise ConfigError(f"{name}={value!r} must be a finite number")
     if low is not None and value < low:

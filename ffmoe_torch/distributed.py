@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ffmoe_core.comm import Communicator, Step, all_reduced
+from ffmoe_core.errors import ConfigError
 
 from .layer import MoELayer
 from .sharded import ShardedExperts
@@ -114,13 +115,17 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     where that is None its ``main_grad``.
 
     Returns the norm before, a 0-d float64 tensor.
+
+    Raises ConfigError for a ``max_norm`` that is not a number of at least 0. Infinity asks for the norm alone.
     """
+    if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not max_norm >= 0:
+        raise ConfigError(f"max_norm={max_norm!r} must be a number of at least 0")
     sharded: dict[Communicator, list[nn.Parameter]] = {}
     for layer, experts in sharded_layers(model).items():
         sharded.setdefault(experts.comm, []).extend(layer.expert_params)
     spread = {id(parameter) for parameters in sharded.values() for parameter in parameters}
     common = [parameter for parameter in model.parameters() if id(parameter) not in spread]
-    device = next(model.parameters()).device
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     total = torch.zeros((), dtype=torch.float64, device=device)
     by_groups: dict[tuple[Any, ...], list[Tensor]] = {}
     for gradient in _gradients(common):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ffmoe_core import ExpertParallel, MoEConfig, routing_layout
 from ffmoe_core.comm import Step, all_reduced
 from ffmoe_core.comm.base import DEFAULT_TIMEOUT
+from ffmoe_core.config import check_float
 from ffmoe_core.errors import (
     ConfigError,
     DeviceError,
@@ -392,8 +393,9 @@ class MoELayer(nn.Module):
         step and the next forward. Activation checkpointing may count every token twice, which changes no
         sign. Does not wait for the device.
 
-        Raises ConfigError for a layer made without ``expert_bias=True``.
+        Raises ConfigError for a layer made without ``expert_bias=True``, and a rate that is not a finite number.
         """
+        check_float("rate", rate)
         if self.expert_bias is None or self.expert_counts is None:
             raise ConfigError("update_expert_bias needs a layer made with expert_bias=True")
         counts = self.expert_counts

@@ -18,7 +18,6 @@
 #include "common/dynamic_shared.cuh"
 #include "common/epilogue.cuh"
 #include "common/mma.cuh"
-#include "common/quad.cuh"
 #include "common/types.cuh"
 
 using TypeA = type_of<A_TYPE>;
@@ -266,71 +265,89 @@ __device__ __forceinline__ void multiply_tile(Accumulators& acc, Left& a, Right&
 
 // --- epilogue ---
 
+// The sums pass through shared memory, where the stages were: the tensor cores leave a thread two columns here and two
+// there, but of rows that are gathered neighbours are to read neighbouring columns.
+constexpr int WIDTH = 8, LANES = TILE / WIDTH;  // columns of a thread, threads of a row
+constexpr int STRIDE = THREADS / LANES;         // between a thread's rows
+constexpr int PITCH = TILE + 8;  // of sums: the lanes that write at the same time do so in different banks
+static_assert(TILE * PITCH * sizeof(float) <= SHARED_BYTES);
+
 // Eight elements in memory, as they are.
 template <class Out> struct alignas(16) Eight {
-    Out at[8];
+    Out at[WIDTH];
 };
 
-// Rows that are added to those of the result: to row i the ones that token_rows[i, 0 .. top_k) names, if they exist.
+// Rows that are added to those of a tile: to row i the ones that token_rows[i, 0 .. top_k) names, if they exist.
 struct AddedRows {
-    const TypeOut* rows;  // NULL: none
-    const int* token_rows;
-    int top_k;
-    int count;
+    const TypeOut* rows;  // at the tile's first column
     int64 pitch;
-};
+    int count;
+    const int* token_rows;  // of the tile's first row
+    int top_k;
 
-// values[n] += the rows of row i, from `column` of them on in steps of 32
-template <int N>
-__device__ __forceinline__ void add_rows(float (&values)[N][8], const AddedRows& added, int i, int column, int columns) {
-    constexpr int LOADS = 8 / int(sizeof(TypeOut));  // of N pieces each on their way at the same time
-    const int* names = added.token_rows + int64(i) * added.top_k;
-    for (int first = 0; first < added.top_k; first += LOADS) {
-        int name[LOADS];
+    // To the values of `row`, of those STRIDE behind it, ..., from `column` on; the tile has so many rows.
+    template <int ROWS>
+    __device__ __forceinline__ void add(float (&values)[ROWS][WIDTH], int row, int tile_rows, int column) const {
+        constexpr int LOADS = 8 / ROWS;  // of a row, on their way at the same time
+        for (int first = 0; first < top_k; first += LOADS) {
+            int name[ROWS][LOADS];
+            Eight<TypeOut> piece[ROWS][LOADS];
 #pragma unroll
-        for (int k = 0; k < LOADS; ++k) name[k] = first + k < added.top_k ? names[first + k] : -1;
+            for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-            Eight<TypeOut> row[LOADS];
+                for (int k = 0; k < LOADS; ++k)
+                    name[i][k] = row + i * STRIDE < tile_rows && first + k < top_k
+                        ? token_rows[(row + i * STRIDE) * top_k + first + k] : -1;
 #pragma unroll
-            for (int k = 0; k < LOADS; ++k) {
-                row[k] = Eight<TypeOut>{};
-                if (uint32(name[k]) < uint32(added.count) && column + 32 * n < columns)
-                    row[k] = *reinterpret_cast<const Eight<TypeOut>*>(
-                        added.rows + name[k] * added.pitch + column + 32 * n
-                    );
-            }
+            for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-            for (int k = 0; k < LOADS; ++k)
+                for (int k = 0; k < LOADS; ++k) {
+                    piece[i][k] = Eight<TypeOut>{};
+                    if (uint32(name[i][k]) < uint32(count))
+                        piece[i][k] = *reinterpret_cast<const Eight<TypeOut>*>(rows + name[i][k] * pitch + column);
+                }
 #pragma unroll
-                for (int j = 0; j < 8; ++j) values[n][j] += widen(row[k].at[j]);
+            for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+                for (int k = 0; k < LOADS; ++k)
+#pragma unroll
+                    for (int j = 0; j < WIDTH; ++j) values[i][j] += widen(piece[i][k].at[j]);
         }
     }
+};
+
+__device__ __forceinline__ float* shared_sums() { return reinterpret_cast<float*>(dynamic_shared<1024>()); }
+
+__device__ __forceinline__ void share(const Accumulators& acc) {
+    const int lane = threadIdx.x % 32;
+    __syncthreads();  // every warp has read its operands
+#pragma unroll
+    for (int m = 0; m < WARP_ROWS / 8; ++m)
+#pragma unroll
+        for (int n = 0; n < WARP_COLUMNS / 8; ++n) {
+            const float* two = &acc[m / 2][n][m % 2 * 2];
+            store_vector(
+                shared_sums() + (warp_row() + 8 * m + lane / 4) * PITCH + warp_column() + 8 * n + lane % 4 * 2,
+                Vector<float, 2>{two[0], two[1]}
+            );
+        }
+    __syncthreads();
 }
 
-// out points at the tile's first element; so many of its rows and columns exist. add(values, row, column) finishes
-// the sums of a row, from `column` on in steps of 32.
-template <class Out, class Add>
-__device__ __forceinline__ void store_tile(
-    const Accumulators& acc, int rows, int columns, Out* out, int64 pitch, Add add
-) {
-    constexpr int M = WARP_ROWS / 8, N = WARP_COLUMNS / 32;
-    const int lane = threadIdx.x % 32, column = warp_column() + lane % 4 * 8;
+// The tile of shared sums, of which so many rows and columns exist, goes to out; add(values, row, column) has finished
+// ROWS of a thread's rows before.
+template <int ROWS, class Out, class Add>
+__device__ __forceinline__ void store_tile(int rows, int columns, Out* out, int64 pitch, Add add) {
+    const int column = threadIdx.x % LANES * WIDTH;
+    if (column >= columns) return;
+    for (int row = threadIdx.x / LANES; row < rows; row += ROWS * STRIDE) {
+        float values[ROWS][WIDTH];
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-        const int row = warp_row() + 8 * m + lane / 4;
-        float values[N][8];
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) values[n][i] = acc[m / 2][4 * n + i / 2][m % 2 * 2 + i % 2];
-            gather_columns(values[n]);
-        }
-        if (row >= rows) continue;
+        for (int i = 0; i < ROWS; ++i) load_values(values[i], shared_sums() + (row + i * STRIDE) * PITCH + column);
         add(values, row, column);
 #pragma unroll
-        for (int n = 0; n < N; ++n)
-            if (column + 32 * n < columns) store_values(values[n], out + row * pitch + column + 32 * n);
+        for (int i = 0; i < ROWS; ++i)
+            if (row + i * STRIDE < rows) store_values(values[i], out + (row + i * STRIDE) * pitch + column);
     }
 }
 
@@ -342,26 +359,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) dense_gemm(
     int split_depth, int column_tiles, const TypeOut* added_rows, const int* token_rows, int top_k, int num_added
 ) {
     const int first_row = blockIdx.x / column_tiles * TILE, first_column = blockIdx.x % column_tiles * TILE;
-    const int rows_left = rows - first_row, columns_left = columns - first_column;
+    const int tile_rows = min(rows - first_row, TILE), tile_columns = min(columns - first_column, TILE);
     const int64 at = int64(first_row) * columns + first_column;
     const int begin = blockIdx.y * split_depth, end = min(begin + split_depth, depth);
     Left left(
-        a + int64(first_row) * (TRANSPOSE_A ? 1 : depth), TRANSPOSE_A ? rows : depth, rows_left, begin, end
+        a + int64(first_row) * (TRANSPOSE_A ? 1 : depth), TRANSPOSE_A ? rows : depth, tile_rows, begin, end
     );
     Right right(
-        b + int64(first_column) * (TRANSPOSE_B ? depth : 1), TRANSPOSE_B ? depth : columns, columns_left,
-        begin, end
+        b + int64(first_column) * (TRANSPOSE_B ? depth : 1), TRANSPOSE_B ? depth : columns, tile_columns, begin, end
     );
     Accumulators acc = {};
     multiply_tile(acc, left, right, (end - begin + DEPTH - 1) / DEPTH);
+    share(acc);
+    const auto nothing = [](auto&, int, int) {};
     if (parts != nullptr)
-        return store_tile(
-            acc, rows_left, columns_left, parts + int64(blockIdx.y) * rows * columns + at, columns,
-            [](auto&, int, int) {}
+        return store_tile<1>(
+            tile_rows, tile_columns, parts + int64(blockIdx.y) * rows * columns + at, columns, nothing
         );
-    const AddedRows added = {added_rows + first_column, token_rows, top_k, num_added, columns};
-    store_tile(acc, rows_left, columns_left, out + at, columns, [&](auto& values, int row, int column) {
-        if (!TRANSPOSE_A && !TRANSPOSE_B && added_rows != nullptr)
-            add_rows(values, added, first_row + row, column, columns_left);
-    });
+    if (TRANSPOSE_A || TRANSPOSE_B || added_rows == nullptr)
+        return store_tile<1>(tile_rows, tile_columns, out + at, columns, nothing);
+    const AddedRows added = {
+        added_rows + first_column, columns, num_added, token_rows + int64(first_row) * top_k, top_k
+    };
+    const auto add = [&](auto& values, int row, int column) { added.add(values, row, tile_rows, column); };
+    // few rows a token are gathered for several tokens at a time, so that as many are on their way
+    if (top_k > 4)
+        store_tile<1>(tile_rows, tile_columns, out + at, columns, add);
+    else if (top_k > 2)
+        store_tile<2>(tile_rows, tile_columns, out + at, columns, add);
+    else
+        store_tile<4>(tile_rows, tile_columns, out + at, columns, add);
 }

@@ -6,6 +6,7 @@ finite differences.
 """
 
 import math
+from decimal import ROUND_CEILING, Decimal
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,7 +155,8 @@ def capacity(config, num_tokens):
     """Most rows an expert takes, or None."""
     bounds = []
     if config.capacity_factor is not None:
-        bounds.append(math.ceil(config.capacity_factor * num_tokens * config.top_k / config.num_experts))
+        share = Decimal(str(config.capacity_factor)) * num_tokens * config.top_k
+        bounds.append(int((share / config.num_experts).to_integral_value(ROUND_CEILING)))
     if config.max_tokens_per_expert is not None:
         bounds.append(config.max_tokens_per_expert)
     return min(bounds) if bounds else None

@@ -3,7 +3,7 @@
 from libc.stdint cimport int32_t, int64_t
 
 from ..arrays cimport FLOAT32, FLOAT64, UINT8, Array, Space, itemsize
-from . cimport gate_wgrad_sm90
+from . cimport gate_logits_sm90, gate_wgrad_sm90
 from .dense_gemm cimport dense_gemm
 from .launch cimport Parameter, kernel
 from .placement cimport Plan, Slots, in_chunks, rank_bytes
@@ -83,7 +83,10 @@ cdef struct Sums:
 
 
 def gate_logits(Space space, Array x, Array gate_weight, Array logits):
-    dense_gemm(space, x, gate_weight, logits, False, True)
+    if gate_logits_sm90.serves(space, x, gate_weight, logits):
+        gate_logits_sm90.gate_logits(space, x, gate_weight, logits)
+    else:
+        dense_gemm(space, x, gate_weight, logits, False, True)
 
 
 def gate_backward(

@@ -140,6 +140,7 @@ def test_plan_of_a_worked_example():
         ({"capacity_factor": 1.0}, 4, 2),
         ({"capacity_factor": 1.0}, 5, 3),
         ({"capacity_factor": 1.25}, 8, 5),
+        ({"capacity_factor": 1.1}, 200, 110),  # which 1.1 * 200 is a bit more than, in floats
         ({"capacity_factor": 2.0, "max_tokens_per_expert": 3}, 8, 3),
         ({"capacity_factor": 0.25, "max_tokens_per_expert": 3}, 8, 1),
     ],

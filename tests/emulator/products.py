@@ -1,4 +1,5 @@
-"""``python -m tests.emulator.products SOURCES SCHEDULES CASE``: one of Hopper's products, under several schedules.
+"""``python -m tests.emulator.products SOURCES SCHEDULES CASE``: one of Hopper's products, or the router's, under several
+schedules.
 
 Each must give the reference's numbers, and all of them the same bits. SOURCES are in a folder that keeps what is
 compiled.
@@ -25,12 +26,12 @@ ROWS, TOKENS, EXPERTS = OFFSETS[-1] + 37, 200, len(SIZES)
 WIDTHS = [(136, 520), (1096, 264)]
 
 
-def case(**options):
+def case(all_widths=WIDTHS, **options):
     """A case by its name: the product for all widths."""
 
     def add(function):
         label = ", ".join([function.__name__, *(f"{name}={value}" for name, value in options.items())])
-        CASES[label] = lambda: [out for widths in WIDTHS for out in function(*widths, **options)]
+        CASES[label] = lambda: [out for widths in all_widths for out in function(*widths, **options)]
         return function
 
     return add
@@ -125,6 +126,29 @@ def grouped_glu_backward(hidden, width, gather):
     for got, want, name in zip((dz, pa), wanted[:2], ("dz", "pa"), strict=True):
         assert_rounded_once(numbers(KIND, got), want, DTYPE, name)
     return [dz, pa, dp]
+
+
+# Fewer tokens than 8192 are other kernels' affair.
+@case([(40, 136, 5)])
+def router(hidden, experts, top_k):
+    new, tokens = Arrays(gather=True), 8257
+    x, x_array = new.normal(tokens, hidden)
+    gate, gate_array = new.normal(experts, hidden)
+    rows, rows_array = new.normal(2 * tokens, hidden)
+    d_logits = rounded(new.rng.standard_normal((tokens, experts)), "float32")
+    token_rows = new.rng.integers(-1, len(rows), (tokens, top_k))
+    logits, dx, d_gate = new.out(tokens, experts, dtype="float32"), new.out(*x.shape), new.out(*gate.shape)
+    call_stage(KIND, "gate_logits", x_array, gate_array, logits)
+    call_stage(
+        KIND, "gate_backward", KIND.array(d_logits, "float32"), x_array, gate_array, rows_array,
+        KIND.array(token_rows, "int32"), dx, d_gate,
+    )  # fmt: skip
+    want = x @ gate.T
+    assert np.linalg.norm(numbers(KIND, logits) - want) < 1e-6 * np.linalg.norm(want)
+    gathered = np.where((token_rows >= 0)[:, :, None], rows[token_rows], 0).sum(axis=1)
+    assert_rounded_once(numbers(KIND, dx), d_logits @ gate + gathered, DTYPE, "dx")
+    assert_rounded_once(numbers(KIND, d_gate), d_logits.T @ x, DTYPE, "d_gate")
+    return [logits, dx, d_gate]
 
 
 def main(sources, schedules, name):

@@ -70,7 +70,7 @@ BROKEN = {
         "        __syncthreads();\n        // the last warp's next",
         "        // the last warp's next",
         ("layers", "bfloat16, rows past one tile", "own"),
-        "",  # rows out of bounds: it crashes
+        None,  # rows out of bounds: it is killed for that
     ),
 }
 
@@ -88,5 +88,9 @@ def outcomes(sources, pool):
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_kernel_is_seen(outcomes, what):
     output, code = outcomes[what].result()
-    assert code != 0
-    assert BROKEN[what][-1] in output, output
+    seen = BROKEN[what][-1]
+    if seen is None:
+        assert code < 0, output
+    else:
+        assert code > 0
+        assert seen in output, output

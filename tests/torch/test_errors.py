@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ffmoe_core import errors
-from ffmoe_torch import MoELayer, communicator, fused_moe
+from ffmoe_torch import MoELayer, clip_grad_norm_, communicator, fused_moe
 from tests.torch.checks import SIZES, make_layer, random_tokens
 
 
@@ -152,6 +152,19 @@ def test_inputs_of_the_function(device, change, error, message):
         inputs[name] = function(inputs[name])
     with pytest.raises(error, match=message):
         fused_moe(**inputs, top_k=2)
+
+
+@pytest.mark.parametrize("max_norm", [float("nan"), -1.0, "1", None])
+def test_clipping_needs_a_norm(max_norm):
+    layer = make_layer()
+    layer(random_tokens(5))[0].sum().backward()
+    before = layer.w_up.grad.clone()
+    with pytest.raises(errors.ConfigError, match="max_norm="):
+        clip_grad_norm_(layer, max_norm)
+    assert torch.equal(layer.w_up.grad, before)
+    assert clip_grad_norm_(layer, float("inf")) > 0
+    assert torch.equal(layer.w_up.grad, before)
+    assert clip_grad_norm_(torch.nn.Identity(), 1.0) == 0
 
 
 @pytest.mark.parametrize("bound", [{"capacity_factor": 0.5}, {"max_tokens_per_expert": 2}], ids=str)

@@ -111,6 +111,15 @@ def test_updates_balance_a_skewed_router(device):
     assert layer.stats().load_imbalance < 1.2
 
 
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), "0.1", None, True])
+def test_update_needs_a_rate(rate):
+    layer = make_layer(expert_bias=True)
+    before = layer.expert_bias.clone()
+    with pytest.raises(ConfigError, match="rate="):
+        layer.update_expert_bias(rate)
+    assert torch.equal(layer.expert_bias, before)
+
+
 def test_update_needs_a_bias():
     with pytest.raises(ConfigError, match="expert_bias=True"):
         make_layer().update_expert_bias(0.001)
