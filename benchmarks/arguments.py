@@ -14,7 +14,7 @@ Shape = tuple[int, int, int, int, int]
 NO_NAMES: Mapping[str, Shape] = MappingProxyType({})
 
 
-def shape(text: str, known: Mapping[str, Shape] = NO_NAMES) -> tuple[str, Shape]:
+def chosen_shape(text: str, known: Mapping[str, Shape] = NO_NAMES) -> tuple[str, Shape]:
     """Name and sizes of a shape: one of those known by name, or T,H,I,E,K, which is then its name."""
     if text in known:
         return text, known[text]

@@ -28,11 +28,11 @@ from torch import Tensor
 
 import ffmoe_core
 import record
-from arguments import Shape, positive, previous, shape
+from arguments import Shape, chosen_shape, positive, previous
 from ffmoe_core.errors import ConfigError
 from ffmoe_torch import fused_moe
 
-SHAPES = (shape("2048,512,512,16,2"), shape("4096,256,128,64,8"), shape("64,512,512,16,2"))
+SHAPES = [*map(chosen_shape, ("2048,512,512,16,2", "4096,256,128,64,8", "64,512,512,16,2"))]
 Call = Callable[[], object]
 
 
@@ -140,7 +140,7 @@ def summary(medians: dict[str, dict[str, float]], direction: str) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "shapes", nargs="*", type=shape, metavar="T,H,I,E,K", help="default: the three of the design"
+        "shapes", nargs="*", type=chosen_shape, metavar="T,H,I,E,K", help="default: the three of the design"
     )
     parser.add_argument(
         "--threads",
@@ -150,7 +150,11 @@ def main() -> None:
         help="default: %(default)s",
     )
     parser.add_argument(
-        "--rounds", type=positive, default=40, metavar="N", help="times each is timed; default: %(default)s"
+        "--rounds",
+        type=positive,
+        default=40,
+        metavar="N",
+        help="how often each is timed; default: %(default)s",
     )
     parser.add_argument(
         "--out", type=Path, default=record.RESULTS / "cpu_layer.json", help="the record; default: %(default)s"

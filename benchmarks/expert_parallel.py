@@ -31,12 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import record
-from arguments import Shape, positive, shape
+from arguments import Shape, chosen_shape, positive
 from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import Step
 from ffmoe_torch import MoELayer
 
-SHAPES = (shape("8192,4096,1024,128,8"), shape("8192,7168,2048,64,8"), shape("8192,1024,2048,8,2"))
+SHAPES = [*map(chosen_shape, ("8192,4096,1024,128,8", "8192,7168,2048,64,8", "8192,1024,2048,8,2"))]
 WIRE_MIB = (8, 64, 256, 512)
 WARM_UP = 3
 Call = Callable[[], object]
@@ -180,18 +180,22 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "shapes",
         nargs="*",
-        type=shape,
+        type=chosen_shape,
         default=SHAPES,
         metavar="T,H,I,E,K",
         help=f"default: {' '.join(name for name, _ in SHAPES)}",
     )
     parser.add_argument(
-        "--rounds", type=positive, default=20, metavar="N", help="times each is timed; default: %(default)s"
+        "--rounds",
+        type=positive,
+        default=20,
+        metavar="N",
+        help="how often each is timed; default: %(default)s",
     )
     parser.add_argument("--cpu", action="store_true", help="float32 over gloo instead of bfloat16 over NCCL")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the record")
     args = parser.parse_args()
-    if "LOCAL_RANK" not in os.environ:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         parser.error("start it with torchrun, see --help")
     # every rank finds these, so that none waits for another
     here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()

@@ -453,7 +453,9 @@ def main() -> None:
     head = {**environment(), "sources": sources_digest(), "dtype": "bfloat16", "rounds": ROUNDS}
     head["versions"] |= versions()
     print(head["device"], head["versions"], flush=True)
-    everything = not arguments.shapes and arguments.routing == list(ROUTINGS) and arguments.peers == list(CONTENDERS)
+    everything = (
+        not arguments.shapes and arguments.routing == list(ROUTINGS) and arguments.peers == list(CONTENDERS)
+    )
     shapes = {} if everything else previous(arguments.out, head)
     for name, shape in arguments.shapes or SHAPES.items():
         print(name, shape, flush=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from arguments import Shape, previous, shape
+from arguments import Shape, chosen_shape, previous
 from ffmoe_core.errors import OutOfMemoryError
 from ffmoe_torch import MoELayer
 from record import RESULTS, environment, sources_digest, write
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument(
         "shapes",
         nargs="*",
-        type=functools.partial(shape, known=SHAPES),
+        type=functools.partial(chosen_shape, known=SHAPES),
         metavar="SHAPE",
         help="A to G or T,H,I,E,K; default: A to G",
     )

@@ -1,9 +1,9 @@
 """MoEConfig: what the routed part of a layer computes, checked once."""
 
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from dataclasses import dataclass
 
 from .errors import ConfigError
 

@@ -1,7 +1,5 @@
 """The router's logits on Hopper, from 16-bit operands (kernels/gate_logits_sm90.cu): at the rate of reading x."""
 
-from libc.stdint cimport int64_t
-
 from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, Array, Space
 from . cimport grouped_gemm_sm90 as sm90
 from .grouped_gemm cimport address, divided_up

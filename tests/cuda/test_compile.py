@@ -24,7 +24,16 @@ from ffmoe_core.cuda import (
 from ffmoe_core.cuda.compile import compile_options, kernel_directory, only_architecture
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-STAGES = (routing, permute, dispatch, grouped_gemm, grouped_gemm_sm90, dense_gemm, gate_logits_sm90, gate_wgrad_sm90)
+STAGES = (
+    routing,
+    permute,
+    dispatch,
+    grouped_gemm,
+    grouped_gemm_sm90,
+    dense_gemm,
+    gate_logits_sm90,
+    gate_wgrad_sm90,
+)
 
 
 def libraries():
@@ -133,5 +142,7 @@ def test_every_source_has_variants():
 def test_variants_need_no_cupy():
     """Listing them must work where CuPy is not installed."""
     names = ", ".join(stage.__name__ for stage in STAGES)
-    code = f"import sys; sys.modules['cupy'] = None\nimport {names}\nassert all(stage.variants() for stage in ({names}))"
+    code = (
+        f"import sys; sys.modules['cupy'] = None\nimport {names}\nassert all(s.variants() for s in ({names}))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

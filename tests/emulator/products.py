@@ -1,4 +1,4 @@
-"""``python -m tests.emulator.products SOURCES SCHEDULES CASE``: one of Hopper's products, or the router's, under several
+"""``python -m tests.emulator.products SOURCES SCHEDULES CASE``: Hopper's products, one or the router's, under several
 schedules.
 
 Each must give the reference's numbers, and all of them the same bits. SOURCES are in a folder that keeps what is
