@@ -25,13 +25,13 @@ a record of the same sources on the same device.
 
 import argparse
 import gc
-import json
 import math
 import random
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 import layer_plot
+from arguments import Shape, chosen_shape, previous
 from ffmoe_core import grouped_gemm
-from memory_kept import SHAPES, Shape
+from memory_kept import SHAPES
 from peers import CONTENDERS, Contender, Problem, UnavailableError, reference, versions
 from record import RESULTS, environment, sources_digest, write
 
@@ -395,22 +396,14 @@ def show(routing: str, result: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def chosen_shape(text: str) -> tuple[str, Shape]:
-    if text in SHAPES:
-        return text, SHAPES[text]
-    try:
-        T, H, I, E, K = (int(size) for size in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither one of {', '.join(SHAPES)} nor T,H,I,E,K"
-        ) from None
-    return text, (T, H, I, E, K)
-
-
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "shapes", nargs="*", type=chosen_shape, metavar="SHAPE", help="A to G or T,H,I,E,K; default: A to G"
+        "shapes",
+        nargs="*",
+        type=partial(chosen_shape, known=SHAPES),
+        metavar="SHAPE",
+        help="A to G or T,H,I,E,K; default: A to G",
     )
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument(
@@ -418,20 +411,6 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "layer.json", help="the plot goes beside it")
     return parser.parse_args()
-
-
-def previous(path: Path, head: dict[str, Any]) -> dict[str, Any]:
-    """The shapes already recorded for the same sources on the same device."""
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text())
-    if any(record.get(key) != value for key, value in head.items() if key != "date"):
-        raise SystemExit(
-            f"{path} is of other sources or another device, and what is not measured now would be lost: "
-            "name another file with --out, or measure everything"
-        )
-    shapes: dict[str, Any] = record["shapes"]
-    return shapes
 
 
 def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -150,6 +150,8 @@ def choose_device(name: str | None) -> torch.device:
         name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise UsageError(f"--device {name} is neither cpu nor cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None

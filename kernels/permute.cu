@@ -2,7 +2,8 @@
 //
 // Memory-bound: a thread takes one vector of columns, lanes next to each other take columns next to each
 // other, and several loads are in flight. Compiled with -DX_TYPE= the rows' type and -DWIDTH= elements of a
-// vector: 16 bytes where the width and the addresses divide by it, 1 elsewhere.
+// vector: 16 bytes where the width and the addresses divide by it, 1 elsewhere. combine with -DSUMS= vectors that a
+// thread sums up, more of them where a token has few rows.
 #include "common/types.cuh"
 
 using X = type_of<X_TYPE>;
@@ -11,7 +12,7 @@ using Columns = Vector<X, WIDTH>;
 
 constexpr int THREADS = 256;
 constexpr int COPIES = 4;  // vectors a thread copies
-constexpr int LOADS = 8;   // rows a thread reads before it adds them up
+constexpr int LOADS = 8;   // vectors a thread reads before it adds them up
 
 // Where a thread works: `1 << log_lanes` threads share a segment of a row, `segments` make the row.
 struct Place {
@@ -26,6 +27,8 @@ __device__ __forceinline__ Place place(int log_lanes, uint32 segments, int vecto
     const int lane = threadIdx.x & ((1 << log_lanes) - 1);
     return {unit / segments, int(segment << log_lanes) * vectors_per_thread + lane};
 }
+
+#if !defined(SUMS)
 
 // out[r] = x[row_token[r]]; zeros at and past *num_kept and where row_token names no token. `columns` is the
 // width in vectors.
@@ -53,35 +56,50 @@ extern "C" __global__ void __launch_bounds__(THREADS) permute(
     }
 }
 
+#else
+
 // out[t] = sum over k, ascending, of weights[t, k] * rows[token_rows[t, k]]; a slot that names no row adds
 // nothing. weights may be NULL: ones.
 extern "C" __global__ void __launch_bounds__(THREADS) combine(
     const X* rows, const int* token_rows, const W* weights, X* out, int64 num_tokens, int64 num_rows,
     int top_k, int columns, int log_lanes, uint32 segments
 ) {
-    const Place at = place(log_lanes, segments, 1);
+    constexpr int STEP = LOADS / SUMS;  // rows at a time
+    const Place at = place(log_lanes, segments, SUMS);
     if (at.row >= num_tokens || at.column >= columns) return;
     const int64 slot = at.row * top_k;
-    W sums[WIDTH] = {};
-    for (int first = 0; first < top_k; first += LOADS) {
-        W weight[LOADS];
-        Columns values[LOADS];
+    W sums[SUMS][WIDTH] = {};
+    for (int first = 0; first < top_k; first += STEP) {
+        W weight[STEP];
+        Columns values[STEP][SUMS];
 #pragma unroll
-        for (int i = 0; i < LOADS; i++) {
+        for (int i = 0; i < STEP; i++) {
             const int k = first + i, row = k < top_k ? token_rows[slot + k] : -1;
             const bool there = uint32(row) < uint32(num_rows);
             weight[i] = !there ? W(0) : weights != nullptr ? weights[slot + k] : W(1);
-            values[i] = Columns{};
-            if (there) values[i] = load_vector<X, WIDTH>(rows + (int64(row) * columns + at.column) * WIDTH);
+#pragma unroll
+            for (int s = 0; s < SUMS; s++) {
+                const int column = at.column + (s << log_lanes);
+                values[i][s] = Columns{};
+                if (there && (s == 0 || column < columns))
+                    values[i][s] = load_vector<X, WIDTH>(rows + (int64(row) * columns + column) * WIDTH);
+            }
         }
 #pragma unroll
-        for (int i = 0; i < LOADS; i++) {
+        for (int i = 0; i < STEP; i++)
 #pragma unroll
-            for (int j = 0; j < WIDTH; j++) sums[j] += weight[i] * widen(values[i].at[j]);
-        }
+            for (int s = 0; s < SUMS; s++)
+#pragma unroll
+                for (int j = 0; j < WIDTH; j++) sums[s][j] += weight[i] * widen(values[i][s].at[j]);
     }
-    Columns sum;
 #pragma unroll
-    for (int j = 0; j < WIDTH; j++) sum.at[j] = narrow_to<X>(sums[j]);
-    store_vector(out + (at.row * columns + at.column) * WIDTH, sum);
+    for (int s = 0; s < SUMS; s++) {
+        const int column = at.column + (s << log_lanes);
+        Columns sum;
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) sum.at[j] = narrow_to<X>(sums[s][j]);
+        if (s == 0 || column < columns) store_vector(out + (at.row * columns + column) * WIDTH, sum);
+    }
 }
+
+#endif

@@ -2,7 +2,6 @@
 
 import math
 import os
-import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,15 @@ from .model import VOCABULARY, ByteModel, ModelConfig
 from .ranks import Ranks
 
 CHECKPOINT = "checkpoint.pt"
+STATE = {  # what a checkpoint holds
+    "config": dict,
+    "text_digest": str,
+    "ranks": int,
+    "step": int,
+    "model": dict,
+    "optimizer": dict,
+    "history": dict,
+}
 WARMUP = 0.05  # of all steps
 COOLDOWN = 0.5
 CLIP_NORM = 1.0
@@ -130,12 +138,22 @@ def read_checkpoint(folder: Path, device: torch.device) -> tuple[TrainConfig, di
     path = folder / CHECKPOINT
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+        check_state(state)
         return TrainConfig.from_dict(state["config"]), state
     except FileNotFoundError:
         raise CheckpointError(f"nothing to resume: there is no {path}") from None
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # torch.load raises all kinds, by what the file happens to hold
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"{path} is not a checkpoint this script can read ({reason})") from None
+
+
+def check_state(state: object) -> None:
+    """Raise TypeError where this is not what ``Run.save`` writes, as far as types tell."""
+    if not isinstance(state, dict):
+        raise TypeError(f"it holds a {type(state).__name__}, not a run's state")
+    wrong = [name for name, kind in STATE.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise TypeError(f"it has no {', '.join(wrong)} of a run")
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:

@@ -21,6 +21,10 @@ cdef list _ROW_DEFINES = [
     [(f"X_TYPE={dtype}", f"WIDTH={width}") for width in (1, VECTOR_BYTES // itemsize(dtype))]
     for dtype in (<int>FLOAT32, <int>FLOAT64, <int>BFLOAT16, <int>FLOAT16)
 ]
+# by sums of a thread
+cdef dict _SUM_DEFINES = {
+    sums: [[(*defines, f"SUMS={sums}") for defines in of_dtype] for of_dtype in _ROW_DEFINES] for sums in (1, 2, 4)
+}
 
 
 def variants():
@@ -32,9 +36,10 @@ def variants():
     ]
     moves = [
         ("permute.cu", entry, defines)
-        for of_dtype in _ROW_DEFINES
+        for entry, tables in (("permute", [_ROW_DEFINES]), ("combine", _SUM_DEFINES.values()))
+        for table in tables
+        for of_dtype in table
         for defines in of_dtype
-        for entry in ("permute", "combine")
     ]
     return sorts + moves
 
@@ -125,12 +130,13 @@ def combine(Space space, Array rows, Array token_rows, Array weights, Array out)
     if num_tokens == 0:
         return
     cdef int32_t top_k = <int32_t>token_rows.dims[1]
-    cdef Spread spread = _spread(rows, out, num_tokens, 1)
+    cdef int sums = 1 if top_k > 4 else 2 if top_k > 2 else 4  # so that eight vectors are on their way to a thread
+    cdef Spread spread = _spread(rows, out, num_tokens, sums)
     cdef char* w = weights.data if weights is not None else NULL
     cdef Parameter[10] params = [
         &rows.data, &token_rows.data, &w, &out.data, &num_tokens, &num_rows, &top_k,
         &spread.vectors, &spread.log_lanes, &spread.segments,
     ]
-    kernel("permute.cu", "combine", _ROW_DEFINES[rows.dtype][spread.wide], space.device_id, 0).launch(
+    kernel("permute.cu", "combine", _SUM_DEFINES[sums][rows.dtype][spread.wide], space.device_id, 0).launch(
         spread.blocks, 1, 1, THREADS, 0, space.stream, params
     )

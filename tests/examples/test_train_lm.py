@@ -173,11 +173,16 @@ def test_errors_are_readable(whole, texts, tmp_path):
     assert "multiple of 32" in train(tmp_path, "--width", "33", code=2)
     assert "nan is not a finite number above 0" in train(tmp_path, "--learning-rate", "nan", code=2)
     assert "--device nowhere" in train(tmp_path, "--device", "nowhere", code=2)
+    assert "--device meta is neither cpu nor cuda" in train(tmp_path, "--device", "meta", code=2)
     short = tmp_path / "short.txt"
     short.write_text("too short")
     assert "use a longer text" in train(tmp_path, *TINY, "--text", str(short), code=2)
     (tmp_path / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:1000])
     assert "not a checkpoint" in train(tmp_path, *again, code=2)
+    torch.save(torch.zeros(3), tmp_path / "checkpoint.pt")
+    assert "it holds a Tensor" in train(tmp_path, *again, code=2)
+    torch.save({"config": checkpoint(folder)["config"]}, tmp_path / "checkpoint.pt")
+    assert "it has no text_digest" in train(tmp_path, *again, code=2)
 
 
 def test_resuming_on_changed_text_is_refused(tmp_path):
