@@ -421,6 +421,8 @@ def _dispatch_backward(
         routed = view(router_input, "router_input")
         check_shape(routed, "router_input", "[T, d_model]", T, H)
         check_like(routed, "router_input", tokens, "x")
+    else:
+        check_shape(tokens, "x", "[T, d_model]", T, H)
     check_gate(gate, config, tokens)
     cdef Array logits = view(dispatched.logits, "dispatched.logits")
     check_shape(logits, "dispatched.logits", "[T, num_experts]", T, E)

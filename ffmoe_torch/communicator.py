@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -45,6 +46,11 @@ def communicator_for(ep_group: Any, ep_backend: str, timeout: float, device: tor
         )
     if ep_backend == "torch" and not over_torch:
         raise ConfigError(f"ep_backend='torch' needs a ProcessGroup as ep_group; it is a {_kind(ep_group)}")
+    if ep_group is None and int(os.environ.get("WORLD_SIZE", "1")) > 1 and _mpi_ranks() == 1:
+        raise ConfigError(
+            "this process is one of several without MPI (WORLD_SIZE), and the experts would stay where they are; call "
+            "torch.distributed.init_process_group before, or pass an ep_group"
+        )
     if not over_torch and ep_group is not None and not hasattr(ep_group, "handle"):
         raise ConfigError(f"ep_group is a {_kind(ep_group)}; pass a ProcessGroup or an mpi4py communicator")
     if ep_backend == "mpi" and over_torch:
@@ -82,6 +88,13 @@ def _new(ep_group: Any, ep_backend: str, timeout: float, device: torch.device, n
 
         control = MpiControl(ep_group, timeout)
     return NcclCommunicator(control, device_id=device.index, timeout=timeout)
+
+
+def _mpi_ranks() -> int:
+    from ffmoe_core.comm.mpi import MPI
+
+    size: int = MPI.COMM_WORLD.Get_size()
+    return size
 
 
 def _kind(ep_group: Any) -> str:

@@ -1,7 +1,7 @@
 """Models whose experts are spread over ranks: whose parameter is whose, and norms of all."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ffmoe_core.comm import Communicator, Step, all_reduced
 from ffmoe_core.errors import ConfigError
+from ffmoe_core.expert_parallel import aborting
 
 from .layer import MoELayer
 from .sharded import ShardedExperts
@@ -37,12 +38,16 @@ def ddp_ignored(model: nn.Module) -> list[str]:
     """Names of what DDP has to leave alone where experts are spread over ranks.
 
     These are ``MoELayer.expert_params``, which ranks hold different ones of, and ``expert_counts``, of which DDP would
-    give every rank those of the first. For ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model``.
+    give every rank those of the first. For ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model``,
+    after ``shard_experts``: of layers that are not sharded DDP has to average the experts' gradients, too.
     """
-    dense = set(map(id, get_dense_params(model)))
-    names = [name for name, parameter in model.named_parameters() if id(parameter) not in dense]
-    counts = {id(module.expert_counts) for module in model.modules() if isinstance(module, MoELayer)}
-    names += [name for name, buffer in model.named_buffers() if id(buffer) in counts]
+    ignored = {
+        id(tensor)
+        for layer in sharded_layers(model)
+        for tensor in (*layer.expert_params, layer.expert_counts)
+    }
+    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    names = [name for name, tensor in every if id(tensor) in ignored]
     # In one place DDP joins the names of a module and of its parameter by a dot even where the first is empty.
     return names + [f".{name}" for name in names if "." not in name]
 
@@ -118,11 +123,14 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
     Raises ConfigError for a ``max_norm`` that is not a number of at least 0. Infinity asks for the norm alone.
     """
-    if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not max_norm >= 0:
-        raise ConfigError(f"max_norm={max_norm!r} must be a number of at least 0")
     sharded: dict[Communicator, list[nn.Parameter]] = {}
     for layer, experts in sharded_layers(model).items():
         sharded.setdefault(experts.comm, []).extend(layer.expert_params)
+    with ExitStack() as telling:
+        for comm in sharded:
+            telling.enter_context(aborting(comm))
+        if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not max_norm >= 0:
+            raise ConfigError(f"max_norm={max_norm!r} must be a number of at least 0")
     spread = {id(parameter) for parameters in sharded.values() for parameter in parameters}
     common = [parameter for parameter in model.parameters() if id(parameter) not in spread]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -395,11 +395,13 @@ class MoELayer(nn.Module):
 
         Raises ConfigError for a layer made without ``expert_bias=True``, and a rate that is not a finite number.
         """
-        check_float("rate", rate)
         if self.expert_bias is None or self.expert_counts is None:
             raise ConfigError("update_expert_bias needs a layer made with expert_bias=True")
         counts = self.expert_counts
-        if self._sharded is not None:
+        if self._sharded is None:
+            check_float("rate", rate)
+        else:
+            self._sharded.telling(check_float, "rate", rate)
             counts.copy_(all_reduced(self._sharded.comm, counts, Step("expert bias", self._sharded.name)))
         # in integers, as the sign of a rounded mean minus a count could be wrong
         signs = torch.sign(counts.sum() - self.num_experts * counts)
@@ -449,11 +451,14 @@ class MoELayer(nn.Module):
         if self._sharded is not None:
             self._sharded.take_own(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if self.expert_bias is not None and self.expert_counts is not None:
-            # these are of the bias before; and no state dict brings them from the meta device to where that is
-            if self.expert_counts.device != self.expert_bias.device:
-                self.expert_counts = torch.empty_like(self.expert_counts, device=self.expert_bias.device)
-            self.expert_counts.zero_()
+        if self.expert_bias is None or self.expert_counts is None or f"{prefix}expert_bias" not in state_dict:
+            return
+        if self.expert_bias.dtype != torch.float32:  # with assign=True it is the state dict's
+            self.expert_bias = self.expert_bias.float()
+        # these are of the bias before; and no state dict brings them from the meta device to where the bias is
+        if self.expert_counts.device != self.expert_bias.device:
+            self.expert_counts = torch.empty_like(self.expert_counts, device=self.expert_bias.device)
+        self.expert_counts.zero_()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._sharded is not None:
@@ -478,7 +483,8 @@ def _check_fits(x: Tensor, weight: Tensor) -> None:
         )
     if x.device != weight.device:
         raise DeviceError(f"x is on {x.device} but the layer is on {weight.device}; move one of them")
-    if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+    castable = x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
+    if x.dtype != weight.dtype and not (castable and torch.is_autocast_enabled(x.device.type)):
         raise DTypeError(f"x has dtype {x.dtype} but the layer has {weight.dtype}; they must agree")
 
 

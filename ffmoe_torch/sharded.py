@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import _StopRecomputationError
 
 from ffmoe_core import ExpertParallel, expert_range
 from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import Communicator, Step
-from ffmoe_core.errors import ConfigError
-from ffmoe_core.expert_parallel import Dispatched, aborting
+from ffmoe_core.errors import CommError, ConfigError
+from ffmoe_core.expert_parallel import Dispatched
 
 from .functional import autocast, refuse_functorch, refuse_tangents
 
@@ -59,8 +60,13 @@ class ShardedExperts:
     @torch.compiler.disable
     def telling(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(*arguments)``, of whose error the other ranks hear, who would wait for this one."""
-        with aborting(self.comm):
+        try:
             return function(*arguments)
+        except (CommError, _StopRecomputationError):  # the second is how checkpointing ends a recomputation
+            raise
+        except BaseException as error:
+            self.comm.abort(f"{type(error).__name__}: {error}")
+            raise
 
     @torch.compiler.disable
     def __call__(
@@ -83,29 +89,27 @@ class ShardedExperts:
         forward after the dispatch has started, and so in backward after the gradients' way to the experts has.
         """
         wire = tokens
+        self.telling(_refuse_transforms, tokens, router_input, gate_weight, w_up, w_down)
         if proj_down is not None:
-            wire = proj_down(tokens)
+            wire = self.telling(proj_down, tokens)
             router_input = tokens if router_input is None else router_input
         wire, router_input, gate_weight, w_up, w_down = _autocast(
             wire, router_input, gate_weight, w_up, w_down
         )
-        refuse_tangents((tokens, router_input, gate_weight, w_up, w_down))
-        if torch._C._are_functorch_transforms_active():
-            refuse_functorch()
         call = _Call(self, weight_sums)
         received, weights, losses = _Dispatch.apply(
             call, wire, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask
         )
-        started = None if start_beside is None else start_beside()
+        started = None if start_beside is None else self.telling(start_beside)
         if proj_up is not None:
-            (received,) = _autocast(proj_up(received))
+            (received,) = _autocast(self.telling(proj_up, received))
         rows = _Experts.apply(call, received, weights, w_up.detach(), w_down.detach(), received.requires_grad)
         if proj_down is not None:
-            (rows,) = _autocast(proj_down(rows))
+            (rows,) = _autocast(self.telling(proj_down, rows))
         output = _Combine.apply(call, rows)
         dispatched = call.take()
         if proj_up is not None:
-            output = proj_up(output)
+            output = self.telling(proj_up, output)
         balance = dispatched.routing if dispatched.balance is None else dispatched.balance.view(torch.uint8)
         return ShardedOutput(output, losses, dispatched.routing, balance, started)
 
@@ -140,6 +144,12 @@ class ShardedExperts:
                 own = self.expert_parallel.experts
                 # a copy: load_state_dict(assign=True) would keep all experts' memory for the sake of these
                 state_dict[name] = experts[own.start : own.stop].clone()
+
+
+def _refuse_transforms(*tensors: Tensor | None) -> None:
+    if torch._C._are_functorch_transforms_active():
+        refuse_functorch()
+    refuse_tangents(tensors)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -107,8 +107,8 @@ class Watch:
         return [texts[rank] for rank in range(self.control.size)]
 
     def abort(self, reason: str) -> None:
-        """Tell the others that this rank has failed, once."""
-        if self._failure is None:
+        """Tell the others, if there are any, that this rank has failed, once."""
+        if self._failure is None and self.control.size > 1:
             self._failure = CommError(f"this rank raised {reason}", (self.control.rank,))
             _failed.append(self)
             self.control.post(json.dumps({"raised": reason}))

@@ -9,7 +9,7 @@ from ffmoe_core import MoEConfig
 from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import LocalCommunicator, Step, all_reduced
 from ffmoe_core.comm.mpi import MpiCommunicator
-from ffmoe_core.errors import CapacityError, CommError, ConfigError
+from ffmoe_core.errors import CapacityError, CommError, ConfigError, ShapeError
 from ffmoe_core.expert_parallel import ExpertParallel, expert_range
 from tests.ep.single import group_layer, single_process
 from tests.support import CupyKind, NumpyKind, assert_close, router_dtype
@@ -380,6 +380,18 @@ def no_loss_gradient(comm):
     layer.grad_losses = None
     with pytest.raises(ConfigError, match="grad_losses=None"):
         run_group(group, BASE, layer)
+
+
+@case("rows of another width need what the router read in backward, too")
+def router_input_forgotten(comm):
+    group = MpiCommunicator(timeout=10)  # which will be of no more use
+    layer = ExpertParallel(group, BASE)
+    tokens, gate = np.ones((3, BASE.d_model), "float32"), np.ones((BASE.num_experts, BASE.d_model), "float32")
+    for width in (BASE.d_model // 2, 4 * BASE.d_model):
+        narrow = np.ones((3, width), "float32")
+        dispatched = layer.dispatch(narrow, gate, router_input=tokens)
+    with pytest.raises(ShapeError, match=rf"x has shape \(3, {width}\)"):
+        layer.dispatch_backward(dispatched.received, dispatched.weights, dispatched, narrow, gate)
 
 
 @case("communicator: sums, barrier, gather")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -574,32 +575,80 @@ def an_error_before_the_first_exchange_reaches_every_rank(comm):
         return
     x, _, cuts = make_tokens([4] * comm.size)
     x = x[cuts[comm.rank]]
-    wrong = {
-        ShapeError: lambda layer: layer(x[:, 1:]),
-        DTypeError: lambda layer: layer(x.int()),
-        ConfigError: lambda layer: with_sums(layer, 0.0).w_up.__delattr__("main_grad") or layer(x),
-    }
-    for number, (kind, call) in enumerate(wrong.items()):
-        layer = make_layer(latent_dim=9, jitter=0.1, main_grad=True)
-        layer.shard_experts(gloo(comm), "torch", ep_timeout=20 + number)  # used up here
+
+    def forget_sums(layer):
+        del layer.w_up.main_grad
+        layer(x)
+
+    def forward_mode(layer):
+        with forward_ad.dual_level():
+            layer(forward_ad.make_dual(x, x))
+
+    def no_memory(layer):
+        def fail(*arguments):
+            raise torch.OutOfMemoryError("none left")
+
+        layer.proj_up.forward = fail
+        layer(x)
+
+    wrong = [
+        (ShapeError, lambda layer: layer(x[:, 1:]), lambda layer: layer(x)),
+        (DTypeError, lambda layer: layer(x.int()), lambda layer: layer(x)),
+        (ConfigError, forget_sums, lambda layer: layer(x)),
+        (UnsupportedError, forward_mode, lambda layer: layer(x)),
+        (torch.OutOfMemoryError, no_memory, lambda layer: layer(x)),
+        (ConfigError, *(lambda layer, rate=rate: layer.update_expert_bias(rate) for rate in (None, 0.1))),
+        (ConfigError, *(lambda layer, norm=norm: clip_grad_norm_(layer, norm) for norm in (-1.0, 1.0))),
+    ]
+    for number, (kind, call, right) in enumerate(wrong):
+        layer = make_layer(latent_dim=9, jitter=0.1, main_grad=True, expert_bias=True)
+        layer.shard_experts(MPI.COMM_WORLD, "mpi", ep_timeout=20 + number)  # used up here
         with_sums(layer, 0.0)
         with pytest.raises(kind if comm.rank == 1 else CommError) as raised:
-            (call if comm.rank == 1 else lambda layer: layer(x))(layer)
+            (call if comm.rank == 1 else right)(layer)
         if comm.rank != 1:
             assert raised.value.ranks == (1,)
             assert f"rank 1 raised {kind.__name__}" in str(raised.value)
 
 
 @case
+def an_error_of_the_only_rank(comm):
+    """Nobody has to hear of it, and it is over when it was caught."""
+    if comm.size == 1:
+        layer = make_layer()
+        layer.shard_experts(gloo(comm), "torch")
+        x, _, _ = make_tokens([4])
+        with pytest.raises(ShapeError):
+            layer(x[:, 1:])
+        layer(x)
+
+
+@case
+def what_ddp_ignores(comm):
+    """The experts of layers that are sharded, under all names that they have."""
+    layer, other = make_layer(expert_bias=True), make_layer()
+    model = nn.ModuleDict({"one": layer, "two": layer, "other": other})
+    assert ddp_ignored(model) == []
+    layer.shard_experts(gloo(comm), "torch")
+    names = [f"{name}.{of}" for name in ("one", "two") for of in ("expert_counts", "w_down", "w_up")]
+    assert sorted(ddp_ignored(model)) == names
+    other.w_up = layer.w_up
+    assert "other.w_up" in ddp_ignored(model)
+
+
+@case
 def transforms(comm):
-    layer = make_layer()
-    layer.shard_experts(MPI.COMM_WORLD, "mpi")
     x, _, cuts = make_tokens([4] * comm.size)
     x = x[cuts[comm.rank]]
-    with pytest.raises(UnsupportedError, match=r"transforms of torch\.func"):
-        torch.func.grad(lambda x: layer(x)[0].sum())(x)
-    with pytest.raises(UnsupportedError, match=r"torch\.func"), torch.no_grad():
-        torch.func.jvp(lambda x: layer(x)[0], (x,), (x,))
+    calls = (
+        lambda layer: torch.func.grad(lambda x: layer(x)[0].sum())(x),
+        lambda layer: torch.func.jvp(lambda x: layer(x)[0], (x,), (x,)),
+    )
+    for number, call in enumerate(calls):
+        layer = make_layer()
+        layer.shard_experts(MPI.COMM_WORLD, "mpi", ep_timeout=17 + number)  # used up here
+        with pytest.raises(UnsupportedError, match=r"transforms of torch\.func"), torch.no_grad():
+            call(layer)
 
 
 @case

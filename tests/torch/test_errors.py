@@ -102,6 +102,8 @@ def test_autocast_takes_no_integers(device):
     layer, x = make_layer(device), random_tokens(5, device=device).detach()
     with torch.autocast(device, dtype=torch.bfloat16):
         layer(x.half())
+        with pytest.raises(errors.DTypeError, match=r"x has dtype torch\.float64"):
+            layer(x.double())
         with pytest.raises(errors.DTypeError, match=r"x has dtype torch\.int32"):
             layer(x.int())
 
@@ -113,6 +115,11 @@ def test_nccl_without_a_process_group_is_for_all_of_mpi(monkeypatch):
     for backend in ("auto", "nccl"):
         communicator.communicator_for(None, backend, 60.0, torch.device("cuda:0"))
     assert asked == [(None, "nccl", 60.0)] * 2
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    monkeypatch.setattr(communicator, "_mpi_ranks", lambda: 1)
+    for backend in ("auto", "nccl", "mpi"):
+        with pytest.raises(errors.ConfigError, match="init_process_group before"):
+            communicator.communicator_for(None, backend, 60.0, torch.device("cuda:0"))
     with pytest.raises(errors.ConfigError, match="ep_backend='torch' needs an ep_group"):
         communicator.communicator_for(None, "torch", 60.0, torch.device("cpu"))
 

@@ -280,8 +280,13 @@ def test_weights_assigned_to_a_layer_on_the_meta_device(device):
             one.update_expert_bias(0.1)
     assert torch.equal(layer.expert_bias, whole.expert_bias)
     whole(x)
+    whole.load_state_dict({"gate.weight": whole.gate.weight}, strict=False)
+    assert whole.expert_counts.any()  # still of this bias
     whole.load_state_dict(state)
     assert not whole.expert_counts.any()
+    layer.load_state_dict({name: value.bfloat16() for name, value in state.items()}, assign=True)
+    assert layer.expert_bias.dtype == torch.float32
+    layer(x.bfloat16())
 
 
 def test_deepcopy_and_pickle_of_a_compiled_layer():
