@@ -116,4 +116,4 @@ def test_the_reference_imports_nothing_of_ours():
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
-    assert names == {"math", "types", "numpy"}
+    assert names == {"decimal", "math", "types", "numpy"}
