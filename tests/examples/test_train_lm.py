@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -163,26 +164,34 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_bits(whole, texts, tmp_path):
     assert same(resumed, straight)
 
 
-def test_errors_are_readable(whole, texts, tmp_path):
+def test_errors_are_readable(whole, tmp_path):
     folder, _ = whole
     again = "--resume", "--device", "cpu"
-    assert "no such file" in train(tmp_path, "--text", str(tmp_path / "none.txt"), code=2).lower()
-    assert "nothing to resume" in train(tmp_path / "none", *again, code=2)
-    assert "--experts is 4 there" in train(folder, *again, "--experts", "8", code=2)
-    assert "top_k" in train(tmp_path, *TINY, "--top-k", "9", code=2)
-    assert "multiple of 32" in train(tmp_path, "--width", "33", code=2)
-    assert "nan is not a finite number above 0" in train(tmp_path, "--learning-rate", "nan", code=2)
-    assert "--device nowhere" in train(tmp_path, "--device", "nowhere", code=2)
-    assert "--device meta is neither cpu nor cuda" in train(tmp_path, "--device", "meta", code=2)
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    assert "use a longer text" in train(tmp_path, *TINY, "--text", str(short), code=2)
-    (tmp_path / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:1000])
-    assert "not a checkpoint" in train(tmp_path, *again, code=2)
-    torch.save(torch.zeros(3), tmp_path / "checkpoint.pt")
-    assert "it holds a Tensor" in train(tmp_path, *again, code=2)
-    torch.save({"config": checkpoint(folder)["config"]}, tmp_path / "checkpoint.pt")
-    assert "it has no text_digest" in train(tmp_path, *again, code=2)
+    for name in ("cut", "tensor", "keys"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cut" / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:1000])
+    torch.save(torch.zeros(3), tmp_path / "tensor" / "checkpoint.pt")
+    torch.save({"config": checkpoint(folder)["config"]}, tmp_path / "keys" / "checkpoint.pt")
+    cases = [
+        ("no such file", tmp_path, "--text", str(tmp_path / "none.txt")),
+        ("nothing to resume", tmp_path / "none", *again),
+        ("--experts is 4 there", folder, *again, "--experts", "8"),
+        ("top_k", tmp_path, *TINY, "--top-k", "9"),
+        ("multiple of 32", tmp_path, "--width", "33"),
+        ("nan is not a finite number above 0", tmp_path, "--learning-rate", "nan"),
+        ("--device nowhere", tmp_path, "--device", "nowhere"),
+        ("--device meta is neither cpu nor cuda", tmp_path, "--device", "meta"),
+        ("use a longer text", tmp_path, *TINY, "--text", str(short)),
+        ("not a checkpoint", tmp_path / "cut", *again),
+        ("it holds a tensor", tmp_path / "tensor", *again),
+        ("it has no text_digest", tmp_path / "keys", *again),
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        outputs = list(pool.map(lambda case: train(*case[1:], code=2), cases))
+    for (message, *_), output in zip(cases, outputs, strict=True):
+        assert message in output.lower(), output
 
 
 def test_resuming_on_changed_text_is_refused(tmp_path):
