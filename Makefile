@@ -41,7 +41,7 @@ PY := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-.PHONY: help build demo test lint format gpu-test bench-cpu bench-gpu tables dist clean
+.PHONY: help build demo test lint format gpu-test bench-cpu bench-gpu tune tables dist clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -75,6 +75,9 @@ bench-cpu: build  ## time a layer on the CPU beside its peers, recorded in bench
 
 bench-gpu: build  ## time a layer on a GPU beside its peers, recorded in benchmarks/results/
 	$(PY) benchmarks/layer.py $(ARGS)
+
+tune: build  ## find the fastest tiles on a GPU, for ffmoe_core/cuda/tiles.json
+	$(PY) benchmarks/tune.py $(ARGS)
 
 tables: build  ## write README's tables from benchmarks/results/
 	$(PY) benchmarks/readme_tables.py

@@ -2,6 +2,7 @@
 
     ffmoe            ffmoe_torch.fused_moe
     ffmoe_recompute  the same with recompute_activations
+    ffmoe_portable   the same with the kernels for every architecture
     bound            two perfectly balanced torch.bmm and an activation: no routing, nothing gathered
     grouped_mm       torch._grouped_mm over sorted rows, compiled by torch.compile, as torchtitan does it
     sonicmoe         SonicMoE (sonic-moe 0.1.2 and its quack-kernels), where it is installed
@@ -12,7 +13,9 @@ UnavailableError, with the reason.
 
 import functools
 import importlib.metadata
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +69,26 @@ def ffmoe_recompute(problem: Problem) -> Contender:
         problem.inputs,
         problem.grad_output,
     )
+
+
+@contextmanager
+def portable_kernels() -> Iterator[None]:
+    os.environ["FFMOE_PORTABLE_KERNELS"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["FFMOE_PORTABLE_KERNELS"]
+
+
+class Portable(Contender):
+    def gradients(self) -> tuple[Tensor, ...]:
+        with portable_kernels():
+            return super().gradients()
+
+
+def ffmoe_portable(problem: Problem) -> Contender:
+    forward = portable_kernels()(ffmoe(problem).forward)
+    return Portable(forward, problem.inputs, problem.grad_output)
 
 
 def bound(problem: Problem) -> Contender:
@@ -181,6 +204,7 @@ def pick_tiles() -> None:
 CONTENDERS: dict[str, Callable[[Problem], Contender]] = {
     "ffmoe": ffmoe,
     "ffmoe_recompute": ffmoe_recompute,
+    "ffmoe_portable": ffmoe_portable,
     "bound": bound,
     "grouped_mm": grouped_mm,
     "sonicmoe": sonicmoe,

@@ -58,6 +58,7 @@ MAIN_STAGES = (
 def layer(record: Record) -> str:
     """Times beside the peers' and the bound, the same under skewed routing, and stages beside their floors."""
     peers = ("ffmoe", "sonicmoe", "grouped_mm", "bound")
+    portable: list[tuple[str, ...]] = []
     balanced, skewed, stages = [], [], []
     for name, shape in record["shapes"].items():
         sizes = ", ".join(str(shape[size]) for size in "THIEK")
@@ -70,6 +71,9 @@ def layer(record: Record) -> str:
                     mib(contenders[peer]["kept_bytes"]) if peer in contenders else "" for peer in peers[:2]
                 )
                 balanced.append((name, sizes, *times, ratios, *kept))
+                if "ffmoe_portable" in contenders:
+                    row = contenders["ffmoe_portable"]
+                    portable.append((name, both_ways(row), both_ways(row, contenders.get("bound"))))
                 reached = (result.get("stages", {}).get(stage, {}) for stage in MAIN_STAGES)
                 stages.append((name, *(f"{row['of_floor']:.0%}" if row else "" for row in reached)))
             else:
@@ -80,6 +84,9 @@ def layer(record: Record) -> str:
     if skewed:
         parts.append("Skewed routing; the share is that of the expert with the most rows.")
         parts.append(table(("", "routing", "share", *heads[:3], heads[4]), skewed))
+    if portable:
+        parts.append("The kernels for every architecture, on the same card in the same run.")
+        parts.append(table(("", "ffmoe", "ffmoe : bound"), portable))
     parts.append("Fraction of a stage's floor that is reached, balanced routing.")
     parts.append(table(("", *MAIN_STAGES), stages))
     parts.append("![Time by stage, and every contender's ratio to the bound](benchmarks/results/layer.svg)")

@@ -6,6 +6,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
+from ffmoe_core.cuda import tiles
 from tests.support import CupyKind, NumpyKind
 
 # The same examples every run; time limits would only make a busy machine fail.
@@ -26,6 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Tests choose checked mode and kernels themselves, whatever the environment says.
 os.environ.pop("FFMOE_CHECK", None)
 os.environ.pop("FFMOE_PORTABLE_KERNELS", None)
+os.environ.pop("FFMOE_TILES", None)
 
 
 @functools.cache
@@ -50,6 +52,13 @@ def pytest_runtest_setup(item):
     if os.environ.get("FFMOE_REQUIRE_GPU") == "1":
         pytest.fail(f"FFMOE_REQUIRE_GPU=1 but {missing_gpu()}", pytrace=False)
     pytest.skip(missing_gpu())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _newest_kernels():
+    """A GPU's newest kernels, however small a test's products are: others are chosen where those are to be tested."""
+    with tiles.only(tiles.HOPPER):
+        yield
 
 
 @pytest.fixture(scope="session", params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])

@@ -5,17 +5,22 @@ grouped_gemm_simt.cu. The host never knows how many rows a group has: grids are 
 their tile from ``expert_offsets`` on the device.
 """
 
+from libc.math cimport log2
 from libc.stdint cimport int64_t, uintptr_t
 
 from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Array, Space
 from . cimport grouped_gemm_sm90 as sm90
 from .launch cimport Kernel, Parameter, kernel, multiprocessor_count
 
-# How a product is computed: on the ordinary units, or on the tensor cores in narrow or in wide tiles.
+from .tiles import Size, choices, choose, gpu_of
+
+# How a product is computed: on the ordinary units, or on the tensor cores as Tiles of tiles.py says.
 cdef enum:
     SIMT
     NARROW
     WIDE
+    CLUSTER
+    PACED
 
 cdef tuple FILES = ("grouped_gemm_simt.cu", "grouped_gemm_sm80.cu", "grouped_gemm_sm80.cu")
 cdef int[3] TILE_COLUMNS = [128, 128, 256]
@@ -25,7 +30,6 @@ cdef unsigned int[3] SHARED_BYTES = [0, 4 * (128 + 128) * 64, 4 * (128 + 256) * 
 cdef enum:
     TILE_ROWS = 128
     PART_COLUMNS = 64  # of a row's dot product in grouped_glu_backward
-    WIDE_DEPTH = 512   # a shorter contraction does not hide the start and end of a wide tile
     SUM_THREADS = 256
 
 cdef dict ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu_squared": 2}
@@ -106,20 +110,25 @@ cdef int64_t row_tiles(int64_t num_rows, int64_t num_groups) noexcept:
     return num_rows // TILE_ROWS + min(num_groups + 1, num_rows)
 
 
-cdef int choose(
-    int dtype, uintptr_t addresses, int64_t width0, int64_t width1,
-    int64_t tiles_down, int64_t depth, int64_t columns, int device,
+cdef int path_of(
+    str product, int dtype, uintptr_t addresses, int64_t num_groups, int64_t num_rows, int64_t width, int64_t columns,
+    int device, bint gathers_both=False,
 ) except -1:
-    """The path of a product of `depth` whose tiles are many `tiles_down` and `columns` across.
+    """How to compute a product; tiles.py says what its sizes are. ``addresses`` are or-ed together.
 
-    The tensor cores take 16-bit elements, widths that divide by 8, and addresses (or-ed together) that
-    16-byte accesses can use. Wide tiles move fewer bytes, but a multiprocessor holds one only.
+    The tensor cores take 16-bit elements, widths that divide by 8, and addresses that 16-byte accesses can use.
     """
-    if not (dtype == BFLOAT16 or dtype == FLOAT16) or (width0 | width1) % 8 != 0 or addresses % 16 != 0:
+    if not (dtype == BFLOAT16 or dtype == FLOAT16) or (width | columns) % 8 != 0 or addresses % 16 != 0:
         return SIMT
-    if depth < WIDE_DEPTH or tiles_down * (columns // TILE_COLUMNS[WIDE]) < multiprocessor_count(device):
-        return NARROW
-    return WIDE
+    cdef bint hopper = not gathers_both and sm90.runs_on(device, num_groups)
+    # in octaves, as it may be another number each time
+    cdef int rows = <int>(log2(max(num_rows, 1)) + 0.5)
+    key = product, device, hopper, num_groups, rows, width, columns
+    path = choices.get(key)
+    if path is None:
+        size = Size(num_groups, 1 << rows, width, columns)
+        path = choices[key] = choose(product, size, gpu_of(device)._replace(hopper=hopper))
+    return path
 
 
 cdef int in_vectors(uintptr_t addresses, int64_t width0, int64_t width1) noexcept:
@@ -149,10 +158,13 @@ def grouped_gemm(
     cdef int path
     if num_rows == 0:
         return
-    if sm90.serves(a.dtype, addresses, depth | columns, num_groups, space.device_id):
-        sm90.grouped_gemm(space, a, b, expert_offsets, row_index, transpose_b, out)
+    path = path_of(
+        "gemm_nk" if transpose_b else "gemm_kn", a.dtype, addresses, num_groups, num_rows, depth, columns,
+        space.device_id,
+    )
+    if path >= CLUSTER:
+        sm90.grouped_gemm(space, a, b, expert_offsets, row_index, transpose_b, out, path == PACED)
         return
-    path = choose(a.dtype, addresses, depth, columns, tiles_down, depth, columns, space.device_id)
     column_tiles = <int>divided_up(columns, TILE_COLUMNS[path])
     vectors = in_vectors(addresses, depth, columns)
     cdef Parameter[11] params = [
@@ -174,16 +186,14 @@ def grouped_gemm_wgrad(
     cdef uintptr_t left = address(a_index), right = address(b_index)
     cdef uintptr_t addresses = address(a) | address(b) | address(out)
     cdef int path
-    if (left == 0 or right == 0) and sm90.serves(
-        a.dtype, addresses, a_columns | b_columns, num_groups, space.device_id
-    ):
+    path = path_of(
+        "wgrad", a.dtype, addresses, num_groups, num_rows, a_columns, b_columns, space.device_id,
+        left != 0 and right != 0,
+    )
+    if path >= CLUSTER:
         sm90.grouped_gemm_wgrad(space, a, b, expert_offsets, a_index, b_index, out, accumulate, scale)
         return
     row_tiles = <int>divided_up(a_columns, TILE_ROWS)
-    path = choose(
-        a.dtype, addresses, a_columns, b_columns,
-        num_groups * row_tiles, num_rows // num_groups, b_columns, space.device_id,
-    )
     column_tiles = <int>divided_up(b_columns, TILE_COLUMNS[path])
     vectors = in_vectors(addresses, a_columns, b_columns)
     cdef Parameter[12] params = [
@@ -208,12 +218,10 @@ def grouped_glu(
     cdef int path
     if num_rows == 0:
         return
-    if sm90.serves(x.dtype, addresses, depth | intermediate, num_groups, space.device_id):
-        sm90.grouped_glu(space, x, w_up, expert_offsets, row_index, act, z, a)
+    path = path_of("glu", x.dtype, addresses, num_groups, num_rows, depth, intermediate, space.device_id)
+    if path >= CLUSTER:
+        sm90.grouped_glu(space, x, w_up, expert_offsets, row_index, act, z, a, path == PACED)
         return
-    path = choose(
-        x.dtype, addresses, depth, intermediate, tiles_down, depth, 2 * <int64_t>intermediate, space.device_id
-    )
     column_tiles = <int>divided_up(2 * <int64_t>intermediate, TILE_COLUMNS[path])
     vectors = in_vectors(addresses, depth, intermediate)
     cdef Parameter[13] params = [
@@ -240,23 +248,24 @@ def grouped_glu_backward(
     cdef int path
     if num_rows == 0:
         return
-    cdef bint hopper = sm90.serves(dout.dtype, addresses, depth | intermediate, num_groups, space.device_id)
+    path = path_of(
+        "glu_backward", dout.dtype, addresses, num_groups, num_rows, depth, intermediate, space.device_id
+    )
     # so many columns have their part of a row's dot product; the parts are added in order
-    count = <int>divided_up(intermediate, sm90.PART_COLUMNS if hopper else PART_COLUMNS)
-    # never wide: two blocks on a multiprocessor hide each other's long epilogue
-    path = choose(dout.dtype, addresses, depth, intermediate, tiles_down, 0, intermediate, space.device_id)
-    column_tiles = <int>divided_up(intermediate, TILE_COLUMNS[path])
-    vectors = in_vectors(addresses, depth, intermediate)
+    count = <int>divided_up(intermediate, sm90.PART_COLUMNS if path >= CLUSTER else PART_COLUMNS)
     cdef Array parts = dp_rows if count == 1 else space.empty((count, num_rows), dp_rows.dtype)
-    cdef Parameter[16] params = [
-        &dout.data, &w_down.data, &expert_offsets.data, &index, &row_weights.data, &z.data, &dz.data,
-        &pa.data, &parts.data, &num_groups, &num_rows, &depth, &intermediate, &column_tiles, &vectors, &act,
-    ]
-    if hopper:
+    cdef Parameter[16] params
+    if path >= CLUSTER:
         sm90.grouped_glu_backward(
-            space, dout, w_down, expert_offsets, row_index, row_weights, z, act, dz, pa, parts
+            space, dout, w_down, expert_offsets, row_index, row_weights, z, act, dz, pa, parts, path == PACED
         )
     else:
+        column_tiles = <int>divided_up(intermediate, TILE_COLUMNS[path])
+        vectors = in_vectors(addresses, depth, intermediate)
+        params = [
+            &dout.data, &w_down.data, &expert_offsets.data, &index, &row_weights.data, &z.data, &dz.data,
+            &pa.data, &parts.data, &num_groups, &num_rows, &depth, &intermediate, &column_tiles, &vectors, &act,
+        ]
         launch(
             space, path, "grouped_glu_backward", _glu_backward[path, dout.dtype, act],
             tiles_down * column_tiles, 1, params,

@@ -18,7 +18,6 @@ cdef enum:
     STAGES = 4
     STORED = 16   # rows of what a warp stores as one
     MOST_GROUPS = 1024
-    PACED_DEPTH = 1024
     # the stages, the spare buffers, then struct Shared: barriers, rows and the list of tiles
     STAGES_BYTES = STAGES * (OWN + SHARED) * DEPTH * 2
     BUFFERS_BYTES = 2 * 64 * 64 * 2
@@ -73,18 +72,25 @@ def variants():
 
 # --- choosing and counting ---
 
-cdef bint serves(int dtype, uintptr_t addresses, int64_t widths, int64_t num_groups, int device) except -1:
-    """Whether these kernels can do a product: its arrays' addresses and its widths are or-ed together.
+cdef bint runs_on(int device, int64_t num_groups) except -1:
+    """Whether these kernels run on a device, with so many groups.
 
     FFMOE_PORTABLE_KERNELS in the environment keeps to the kernels that run on every architecture.
     """
     return (
+        num_groups <= MOST_GROUPS
+        and compute_capability(device) == 90
+        and getenv("FFMOE_PORTABLE_KERNELS") == NULL
+    )
+
+
+cdef bint serves(int dtype, uintptr_t addresses, int64_t widths, int64_t num_groups, int device) except -1:
+    """Whether they can do a product: its arrays' addresses and its widths are or-ed together."""
+    return (
         (dtype == BFLOAT16 or dtype == FLOAT16)
         and widths % 8 == 0
         and addresses % 16 == 0
-        and num_groups <= MOST_GROUPS
-        and compute_capability(device) == 90
-        and getenv("FFMOE_PORTABLE_KERNELS") == NULL
+        and runs_on(device, num_groups)
     )
 
 
@@ -96,15 +102,9 @@ cdef uintptr_t address(Array array) noexcept:
     return <uintptr_t>array.data if array is not None else 0
 
 
-cdef Array counter_for_pace(Space space, int64_t num_rows, int64_t column_tiles, int64_t depth):
-    """What blocks keep pace with (kernels/common/pace.cuh), or None where it is not worth their waiting.
-
-    That is so for short contractions, whose operands stay in the second-level cache anyway, and where there are
-    hardly more tiles than blocks.
-    """
-    if depth < PACED_DEPTH or num_rows // SHARED * column_tiles < multiprocessor_count(space.device_id):
-        return None
-    return space.empty((1,), INT32)
+cdef Array counter_for_pace(Space space, bint paced):
+    """What blocks keep pace with (kernels/common/pace.cuh), or None."""
+    return space.empty((1,), INT32) if paced else None
 
 
 cdef int launch(Space space, str entry, tuple defines, void** params, uintptr_t counter) except -1:
@@ -118,7 +118,8 @@ cdef int launch(Space space, str entry, tuple defines, void** params, uintptr_t 
 
 
 cdef int grouped_gemm(
-    Space space, Array a, Array b, Array expert_offsets, Array row_index, bint transpose_b, Array out
+    Space space, Array a, Array b, Array expert_offsets, Array row_index, bint transpose_b, Array out,
+    bint paced,
 ) except -1:
     cdef int num_groups = <int>b.dims[0], num_rows = <int>out.dims[0]
     cdef int depth = <int>a.dims[1], columns = <int>out.dims[1], column_tiles = divided_up(columns, SHARED)
@@ -128,7 +129,7 @@ cdef int grouped_gemm(
     map_matrices(&a_map, a, 1, a.dims[0], depth, OWN)
     map_matrices(&out_map, out, 1, num_rows, columns, STORED)
     map_matrices(&b_map, b, num_groups, b.dims[1], b.dims[2], SHARED // 2 if transpose_b else DEPTH)
-    cdef Array counter = counter_for_pace(space, num_rows, column_tiles, depth)
+    cdef Array counter = counter_for_pace(space, paced)
     cdef uintptr_t due = address(counter)
     cdef Parameter[13] params = [
         &a.data, a_map.at, b_map.at, out_map.at, &expert_offsets.data, &index, &out.data,
@@ -161,7 +162,8 @@ cdef int grouped_gemm_wgrad(
 
 
 cdef int grouped_glu(
-    Space space, Array x, Array w_up, Array expert_offsets, Array row_index, int act, Array z, Array a
+    Space space, Array x, Array w_up, Array expert_offsets, Array row_index, int act, Array z, Array a,
+    bint paced,
 ) except -1:
     cdef int num_groups = <int>w_up.dims[0], num_rows = <int>a.dims[0], depth = <int>x.dims[1]
     cdef int intermediate = <int>a.dims[1], column_tiles = divided_up(intermediate, SHARED // 2)
@@ -174,7 +176,7 @@ cdef int grouped_glu(
     z_map.at = a_map.at
     if z is not None:
         map_halves(&z_map, z, num_rows, intermediate, STORED)
-    cdef Array counter = counter_for_pace(space, num_rows, column_tiles, depth)
+    cdef Array counter = counter_for_pace(space, paced)
     cdef uintptr_t due = address(counter)
     cdef Parameter[15] params = [
         &x.data, x_map.at, w_map.at, z_map.at, a_map.at, &expert_offsets.data, &index, &kept, &a.data,
@@ -185,7 +187,7 @@ cdef int grouped_glu(
 
 cdef int grouped_glu_backward(
     Space space, Array dout, Array w_down, Array expert_offsets, Array row_index, Array row_weights,
-    Array z, int act, Array dz, Array pa, Array parts
+    Array z, int act, Array dz, Array pa, Array parts, bint paced
 ) except -1:
     cdef int num_groups = <int>w_down.dims[0], num_rows = <int>pa.dims[0], depth = <int>dout.dims[1]
     cdef int intermediate = <int>pa.dims[1], column_tiles = divided_up(intermediate, PART_COLUMNS)
@@ -197,7 +199,7 @@ cdef int grouped_glu_backward(
     map_halves(&z_map, z, num_rows, intermediate, OWN)
     map_halves(&dz_map, dz, num_rows, intermediate, STORED)
     map_matrices(&pa_map, pa, 1, num_rows, intermediate, STORED)
-    cdef Array counter = counter_for_pace(space, num_rows, column_tiles, depth)
+    cdef Array counter = counter_for_pace(space, paced)
     cdef uintptr_t due = address(counter)
     cdef Parameter[18] params = [
         &dout.data, dout_map.at, w_map.at, z_map.at, dz_map.at, pa_map.at, &expert_offsets.data, &index,

@@ -1,0 +1,123 @@
+"""Which tiles a product gets: from the table, by the rule, and shown."""
+
+import json
+
+import pytest
+
+from ffmoe_core.cuda import tiles
+from ffmoe_core.cuda.tiles import HOPPER, PRODUCTS, Gpu, Size, Tiles, choose, only, rule
+from ffmoe_core.errors import ConfigError
+
+CARD = Gpu("Card of these tests", 100, hopper=True)
+UNMEASURED = CARD._replace(name="Another card")
+POINT = Size(8, 4096, 1024, 512)
+
+
+@pytest.fixture(autouse=True)
+def _as_users_have_it():
+    """Without the choice of the newest kernels that tests otherwise run under."""
+    with only(Tiles):
+        yield
+
+
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """A table of one card: at POINT narrow tiles were fastest, with four times the rows clusters."""
+
+    def points(product):
+        few, many = Tiles.NARROW, Tiles.CLUSTER
+        return [[*POINT, few.name], [*POINT._replace(rows=4 * POINT.rows), many.name]]
+
+    entry = {
+        "multiprocessors": 100,
+        "compute_capability": "9.0",
+        "points": {product: points(product) for product in PRODUCTS},
+    }
+    return use_table(tmp_path, monkeypatch, json.dumps({CARD.name: entry}))
+
+
+@pytest.fixture(autouse=True)
+def _shipped_table_after():
+    yield
+    tiles.table.cache_clear()
+
+
+def use_table(folder, monkeypatch, text):
+    path = folder / "tiles.json"
+    path.write_text(text)
+    monkeypatch.setenv("FFMOE_TILES", str(path))
+    tiles.table.cache_clear()
+    return path
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_the_nearest_measured_size_decides(card, product):
+    assert choose(product, POINT, CARD) is Tiles.NARROW
+    assert choose(product, POINT._replace(columns=600), CARD) is Tiles.NARROW
+    assert choose(product, POINT._replace(rows=3 * POINT.rows), CARD) is Tiles.CLUSTER
+    assert choose(product, POINT._replace(rows=9 * POINT.rows), CARD) is Tiles.CLUSTER
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("hopper", [True, False])
+def test_the_rule_decides_far_away_and_on_other_cards(card, product, hopper):
+    far = Size(8, 2**20, 8192, 8192)
+    for gpu, size in ((CARD, far), (UNMEASURED, POINT)):
+        gpu = gpu._replace(hopper=hopper)
+        assert choose(product, size, gpu) is rule(product, size, gpu)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_choices_are_possible_ones(card, product):
+    portable = CARD._replace(hopper=False)
+    for rows in (1, 16, 4096, 2**18):
+        for width in (8, 512, 4096):
+            size = Size(16, rows, width, 512)
+            assert choose(product, size, CARD) in PRODUCTS[product]
+            assert choose(product, size, portable) in PRODUCTS[product] - HOPPER
+            for one in PRODUCTS[product]:
+                with only({one}):
+                    assert choose(product, size, CARD) is one
+
+
+def test_the_rule():
+    """Many wide tiles, a contraction too short for them, too few of them; pace for long contractions only."""
+    old = CARD._replace(hopper=False)
+    assert rule("gemm_nk", Size(8, 32768, 1024, 4096), old) is Tiles.WIDE
+    assert rule("gemm_nk", Size(8, 32768, 256, 4096), old) is Tiles.NARROW
+    assert rule("gemm_nk", Size(8, 64, 1024, 1024), old) is Tiles.NARROW
+    assert rule("glu_backward", Size(8, 32768, 1024, 4096), old) is Tiles.NARROW
+    assert rule("wgrad", Size(8, 32768, 1024, 4096), old) is Tiles.WIDE
+    assert rule("wgrad", Size(128, 32768, 1024, 4096), old) is Tiles.NARROW
+    assert rule("glu", Size(8, 32768, 1024, 4096), CARD) is Tiles.PACED
+    assert rule("glu", Size(8, 32768, 768, 4096), CARD) is Tiles.CLUSTER
+    assert rule("wgrad", Size(8, 32768, 4096, 4096), CARD) is Tiles.CLUSTER
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"Card": {}}', '{"Card": {"multiprocessors": 1}}'])
+def test_a_table_that_is_none_is_refused(tmp_path, monkeypatch, text):
+    path = use_table(tmp_path, monkeypatch, text)
+    with pytest.raises(ConfigError, match=r"FFMOE_TILES=.*tune\.py") as error:
+        choose("glu", POINT, CARD)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_table_is_refused(tmp_path, monkeypatch):
+    use_table(tmp_path, monkeypatch, "{}").unlink()
+    with pytest.raises(ConfigError, match="FileNotFoundError"):
+        choose("glu", POINT, CARD)
+
+
+def test_choices_are_shown(card, capsys):
+    tiles.main(["2048,1024,512,8,2", "--gpu", CARD.name])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{CARD.name}, measured\n")
+    products = dict(line.split() for line in shown.splitlines()[1:])
+    assert list(products) == ["up", "down", "d-activation", "dW_down", "dW_up", "d-input"]
+    assert products["up"] == "NARROW"
+
+
+def test_the_shipped_table_is_read():
+    for name, measured in tiles.table().items():
+        assert measured.gpu.name == name
+        assert all(measured.points.values())
