@@ -100,11 +100,14 @@ struct GatheredRows {
     static constexpr int STRIDE = WARPGROUP / 8, COPIES = OWN / STRIDE;
     const X* rows[COPIES];  // at this thread's 16 bytes of the next step
     int left;               // contraction from there on
+    int there;              // how many of these rows exist
 
-    // Rows from `count` on are some row: what comes of them is not stored.
+    // Rows from `count` on become zeros: where an expert has few, fetching some row in their place would cost more
+    // than the weights.
     __device__ __forceinline__ void start(const X* matrix, const int* index, int count, int depth) {
         const int chunk = threadIdx.x % 8;
         left = depth - chunk * 8;
+        there = (count - int(threadIdx.x) / 8 + STRIDE - 1) / STRIDE;
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) {
             const int at = threadIdx.x / 8 + STRIDE * i;
@@ -116,7 +119,7 @@ struct GatheredRows {
         to += row * SWIZZLE_BYTES + ((chunk ^ row % 8) << 4);
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) {
-            copy16_async(to + i * STRIDE * SWIZZLE_BYTES, rows[i], left > 0);
+            copy16_async(to + i * STRIDE * SWIZZLE_BYTES, rows[i], left > 0 && i < there);
             rows[i] += DEPTH;
         }
         left -= DEPTH;

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ffmoe_core import backend
-from ffmoe_core.cuda import launch, tensor_map
+from ffmoe_core.cuda import launch, tensor_map, tiles
 from ffmoe_core.cuda.backend import CudaBackend
 from ffmoe_core.cuda.compile import kernel_directory
 
@@ -114,7 +114,12 @@ CUPY = SimpleNamespace(
         Device=Device,
         runtime=SimpleNamespace(
             free=lambda _pointer: None,
-            getDeviceProperties=lambda _device: {"multiProcessorCount": MULTIPROCESSORS},
+            getDeviceProperties=lambda _device: {
+                "name": b"emulated",
+                "major": 9,
+                "minor": 0,
+                "multiProcessorCount": MULTIPROCESSORS,
+            },
         ),
     )
 )
@@ -174,7 +179,7 @@ def install(sources):
 
     backend._backend_of = lambda _device_type: CudaBackend
     launch.load_function = load_function
-    launch.import_cupy = lambda: CUPY
+    launch.import_cupy = tiles.import_cupy = lambda: CUPY
     for module in (launch, tensor_map):
         module.ctypes = SimpleNamespace(CDLL=lambda _name: DRIVER, cast=ctypes.cast, c_void_p=ctypes.c_void_p)
 
