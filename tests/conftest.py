@@ -7,7 +7,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from ffmoe_core.cuda import tiles
+from tests.cuda import compilation
+from tests.cuda.compilation import Compilations
 from tests.support import CupyKind, NumpyKind
+
+COMPILATIONS = pytest.StashKey[Compilations]()
 
 # The same examples every run; time limits would only make a busy machine fail.
 settings.register_profile(
@@ -43,6 +47,32 @@ def missing_gpu() -> str:
     except Exception as error:  # whatever a broken driver raises is the reason
         return f"no usable NVIDIA GPU ({error})"
     return ""
+
+
+def pytest_collection_modifyitems(items):
+    """What is compiled in the background comes last."""
+    items.sort(key=lambda item: "compilations" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session")
+def compilations(request):
+    return request.config.stash[COMPILATIONS]
+
+
+def pytest_collection_finish(session):
+    compilations = session.config.stash[COMPILATIONS] = Compilations()
+    # a worker of xdist collects all tests, but runs some of them: it compiles when it comes to that
+    if session.config.option.collectonly or hasattr(session.config, "workerinput"):
+        return
+    if compilation.load() is not None:
+        for item in session.items:
+            if "compilations" in getattr(item, "fixturenames", ()):
+                compilations.start(item.callspec.params["architecture"])
+
+
+def pytest_sessionfinish(session):
+    if COMPILATIONS in session.config.stash:
+        session.config.stash[COMPILATIONS].cancel()
 
 
 def pytest_runtest_setup(item):
