@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_record.py [--results DIR] [STEP ...]
 
-Steps: every test that needs a GPU, compute-sanitizer's memcheck over a small selection (tests/cuda/layers.py), racecheck
-and initcheck over the same without Hopper's kernels, host time, memory kept. After each step gpu_tests.json is written, so that a run
-that is cut short leaves what it had. Steps named alone are merged into a record of the same sources on the
+Steps: every test that needs a GPU; over a small selection (tests/cuda/layers.py) compute-sanitizer's memcheck, and
+racecheck and initcheck without Hopper's kernels; host time; memory kept. After each step gpu_tests.json is written, so
+that a run that is cut short leaves what it had. Steps named alone are merged into a record of the same sources on the
 same device. Exits with 1 when a step that ran did not pass.
 """
 
