@@ -13,23 +13,27 @@ LOSS_SCOPES: tuple[str, ...]
 class Sizes(NamedTuple):
     """How much one call exchanges, known on the host."""
 
-    sent: tuple[int, ...]  # tokens to each rank
-    received: tuple[int, ...]  # tokens from each rank
+    sent: tuple[int, ...]  # tokens to each rank, chunk by chunk
+    received: tuple[int, ...]  # tokens from each rank, chunk by chunk
     rows: int  # of this rank's experts
 
 class Dispatched(NamedTuple):
     """What ``ExpertParallel.dispatch`` returns: the tokens that came to this rank, and who goes where."""
 
-    received: Any  # [N, W] dtype of x: tokens, in the order of the ranks they came from
+    received: Any  # [N, W] dtype of x: tokens, by chunk and the rank they came from; with chunks still on their way
     weights: Any  # [N, S] router dtype: of each token's experts here, as far as it has any
     losses: Any  # [3] router dtype: aux loss, z-loss (each times its coefficient), router entropy in nats
     logits: Any  # [T, E] router dtype
     routing: Any  # uint8 [n]: RoutingLayout of this rank's T tokens and the group's E experts
     balance: Any  # int32 [2E + 1]: the group's expert_offsets and tokens_per_expert; None for "local" losses
-    sending: Any  # uint8 [n]: RoutingLayout of this rank's T tokens and the ranks
+    sending: Any  # uint8 [n]: RoutingLayout of this rank's T tokens and the ranks, in each chunk
     pair_slots: Any  # int32 [T, K]: where a pair stands among the slots sent, or -1
-    receiving: Any  # uint8 [n]: RoutingLayout of N tokens with S slots and this rank's experts
+    receiving: Any  # uint8 [n]: RoutingLayout of N tokens with S slots and this rank's experts, each in chunks
     sizes: Sizes
+    underway: Underway | None = None  # with chunks: exchanges that the next part waits for
+
+class Underway:
+    """With chunks: what one part of a call has started, and the next waits for."""
 
 class ExpertParallelResult(NamedTuple):
     """What ``ExpertParallel.forward`` returns."""
@@ -62,6 +66,10 @@ class ExpertParallel:
     layer : a name for error messages.
     loss_scope : "group": the losses and the balance are of all ranks' tokens, the same on every rank.
         "local": of this rank's tokens.
+    ep_chunks : into so many runs of about the same length each rank's tokens are cut. While one is at the experts,
+        the next crosses. ``run_experts`` then sends its rows home itself, chunk by chunk, so that ``combine`` takes
+        what it returned and nothing else, and so does ``dispatch_backward`` of ``run_experts_backward``. Sums are the
+        same; an expert's rows stand in another order, chunk by chunk.
     agree_on : further settings, by name, that must be the same on every rank.
 
     ``experts`` is the range of this rank's experts. Tokens are dropped where they come from: a capacity bounds
@@ -74,7 +82,9 @@ class ExpertParallel:
     Raises
     ------
     ConfigError : the ranks differ in an option or, in the first call with a dtype, in that of x; the message names
-        it with every rank's value. More ranks than experts; an unknown ``loss_scope``.
+        it with every rank's value. More ranks than experts; an unknown ``loss_scope``; an ``ep_chunks`` that is no
+        whole number of at least 1, or with which a rank has more than 1024 pairs of chunk and expert, or of chunk and
+        rank.
     CommError : from any method: a rank is missing or has failed; see ``Communicator``. An error on this rank
         becomes a CommError on the others.
     """
@@ -83,6 +93,7 @@ class ExpertParallel:
     config: MoEConfig
     layer: str
     loss_scope: str
+    ep_chunks: int
     has_losses: bool
     experts: range
 
@@ -93,6 +104,7 @@ class ExpertParallel:
         *,
         layer: str = "",
         loss_scope: str = "group",
+        ep_chunks: int = 1,
         agree_on: Mapping[str, object] | None = None,
     ) -> None: ...
     def forward(

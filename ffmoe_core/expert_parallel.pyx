@@ -9,6 +9,11 @@ experts' products read the received tokens in place, their rows are summed there
 one row goes back for each that came. Backward goes the same ways: what was gathered is summed and vice versa.
 
 What is exchanged, and in which order, is the same on every rank, whatever its number of tokens.
+
+With ``ep_chunks`` a rank's tokens are cut into as many runs, which cross one after the other: while one is at the
+experts the next is on its way there, and the one before on its way home. Packed and received rows stand chunk by chunk.
+What goes with the tokens crosses ahead of all of them, and so the receiving plan is of all chunks at once: in it an
+expert's rows are one run, cut into chunks. The products of rows take a chunk of each expert, the weight gradients all.
 """
 
 import json
@@ -35,7 +40,7 @@ from .moe cimport RoutingParts, sums_of
 from .backend import backend_for
 from .checks import check_config
 from .comm.communicator import Step
-from .config import MoEConfig
+from .config import MAX_EXPERTS, MoEConfig
 from .errors import CommError, ConfigError
 from .moe import MoEGrads, check_capacity, packed_layout
 
@@ -45,8 +50,8 @@ LOSS_SCOPES = ("group", "local")
 class Sizes(NamedTuple):
     """How much one call exchanges, known on the host."""
 
-    sent: tuple  # tokens to each rank
-    received: tuple  # tokens from each rank
+    sent: tuple  # tokens to each rank, chunk by chunk
+    received: tuple  # tokens from each rank, chunk by chunk
     rows: int  # of this rank's experts
 
 
@@ -63,6 +68,21 @@ class Dispatched(NamedTuple):
     pair_slots: Any  # int32 [T, K]
     receiving: Any  # uint8 [n]
     sizes: Sizes
+    underway: Any = None  # Underway or None
+
+
+class Underway:
+    """With chunks: what one part of a call has started, and the next waits for."""
+
+    def __init__(self):
+        self.arriving = ()  # Transfers of each chunk's rows to the experts, or none left
+        self.rows = None  # Array of rows that are on their way home
+        self.landing = ()  # Arrays where they and what goes with them land
+        self.returning = ()  # Transfers of each chunk
+
+    def take_arriving(self):
+        taken, self.arriving = self.arriving, ()
+        return taken
 
 
 class ExpertParallelResult(NamedTuple):
@@ -86,18 +106,25 @@ def expert_range(num_experts, ep_size, ep_rank):
 class ExpertParallel:
     """The exchanges and experts of one layer on one rank. See expert_parallel.pyi for shapes and errors."""
 
-    def __init__(self, comm, config, *, layer="", loss_scope="group", agree_on=None):
+    def __init__(self, comm, config, *, layer="", loss_scope="group", ep_chunks=1, agree_on=None):
         with aborting(comm):
             check_config(config, MoEConfig)
         self.comm = comm
         self.config = config
         self.layer = layer
         self.loss_scope = loss_scope
+        self.ep_chunks = ep_chunks
         self.has_losses = config.aux_loss_coeff > 0 or config.z_loss_coeff > 0
         _check_agreement(
             comm,
             Step("configuration", layer),
-            {**asdict(config), "loss_scope": loss_scope, "timeout": comm.timeout, **(agree_on or {})},
+            {
+                **asdict(config),
+                "loss_scope": loss_scope,
+                "ep_chunks": ep_chunks,
+                "timeout": comm.timeout,
+                **(agree_on or {}),
+            },
         )
         # what is wrong on some ranks only is an error of all by now
         if loss_scope not in LOSS_SCOPES:
@@ -108,6 +135,7 @@ class ExpertParallel:
             raise ConfigError(
                 f"num_experts={config.num_experts} is less than ep_size={comm.size}: each rank needs an expert"
             )
+        _check_chunks(ep_chunks, config.num_experts, comm.size)
         self.experts = expert_range(config.num_experts, comm.size, comm.rank)
         self._dtypes = set()  # of x, that the ranks have agreed on
 
@@ -184,6 +212,17 @@ class ExpertParallel:
             return _combine_backward(self, grad_output, dispatched)
 
 
+def _check_chunks(ep_chunks, num_experts, ep_size):
+    if isinstance(ep_chunks, bool) or not isinstance(ep_chunks, int) or ep_chunks < 1:
+        raise ConfigError(f"ep_chunks={ep_chunks!r} must be a whole number of at least 1")
+    groups = max(ep_size, -(-num_experts // ep_size))
+    if ep_chunks > 1 and ep_chunks * groups > MAX_EXPERTS:
+        raise ConfigError(
+            f"ep_chunks={ep_chunks} is too many for num_experts={num_experts} on {ep_size} ranks: at most "
+            f"{MAX_EXPERTS // groups}"
+        )
+
+
 class aborting:
     """An error on this rank becomes one on the others, who would wait for it in vain."""
 
@@ -219,6 +258,7 @@ cdef class _Plans:
     cdef tuple routing_layout, sending_layout, receiving_layout  # as of packed_layout
     cdef int router  # the router's dtype
     cdef int64_t num_ranks, num_local
+    cdef int num_chunks
     cdef int64_t most_ranks  # D: that a token can go to
     cdef int64_t num_slots  # S: that go with a token
     cdef int64_t num_sent, num_received, num_rows
@@ -228,10 +268,13 @@ cdef class _Plans:
         self.router = router
         self.num_ranks = layer.comm.size
         self.num_local = len(layer.experts)
+        self.num_chunks = layer.ep_chunks
         self.most_ranks = min(config.top_k, self.num_ranks)
         self.num_slots = min(config.top_k, -(-config.num_experts // self.num_ranks))
         self.routing_layout = packed_layout(num_tokens, config.top_k, config.num_experts, router)
-        self.sending_layout = packed_layout(num_tokens, self.most_ranks, self.num_ranks, router)
+        self.sending_layout = packed_layout(
+            num_tokens, self.most_ranks, self.num_ranks * self.num_chunks, router
+        )
 
     cdef int set_sending(self, Array routing_block, Array sending_block) except -1:
         self.routing_block = routing_block
@@ -246,7 +289,7 @@ cdef class _Plans:
         self.num_rows = sizes.rows
         check_rows(self.num_received, self.num_slots)
         self.receiving_layout = packed_layout(
-            self.num_received, self.num_slots, self.num_local, self.router
+            self.num_received, self.num_slots, self.num_local * self.num_chunks, self.router
         )
         return 0
 
@@ -339,7 +382,8 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
 
     # and so to which rank; a sort wants weights, but nothing reads these
     cdef Array any_weights = plan.topk_weights
-    backend.dispatch_ranks(space, plan.topk_idx, plan.token_rows, E, P, sending.topk_idx)
+    cdef int C = plans.num_chunks
+    backend.dispatch_ranks(space, plan.topk_idx, plan.token_rows, E, P, sending.topk_idx, C)
     backend.sort(
         space, sending.topk_idx, any_weights.at(0, (T, D), W), -1, "position",
         sending.expert_offsets, sending.row_token, sending.row_weights, sending.token_rows,
@@ -347,11 +391,13 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
     cdef Array slot_experts = space.empty((T * D, S), INT32)
     cdef Array slot_weights = space.empty((T * D, S), W)
     cdef Array pair_slots = space.empty((T, K), INT32)
-    cdef Array counts = space.empty((2, P, 2), INT32)  # rows and pairs: to each rank, from each rank
-    cdef Array counts_out = counts.at(0, (P, 2), INT32), counts_in = counts.at(8 * P, (P, 2), INT32)
+    # rows by chunk, and pairs: to each rank, from each rank
+    cdef Array counts = space.empty((2, P, C + 1), INT32)
+    cdef Array counts_out = counts.at(0, (P, C + 1), INT32)
+    cdef Array counts_in = counts.at(4 * P * (C + 1), (P, C + 1), INT32)
     backend.dispatch_slots(
         space, plan.topk_idx, plan.topk_weights, plan.token_rows, plan.expert_offsets, sending.topk_idx,
-        sending.token_rows, sending.expert_offsets, slot_experts, slot_weights, pair_slots, counts_out,
+        sending.token_rows, sending.expert_offsets, slot_experts, slot_weights, pair_slots, counts_out, C,
     )
     counting = comm.all_to_all(space, counts_out, counts_in, Step("counts", layer.layer))
     reading = comm.read(space, counts, Step("counts", layer.layer))
@@ -367,7 +413,8 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
     backend.permute(space, tokens, sending.row_token, sending.expert_offsets, packed)
     counting.wait()
     known = reading()
-    sizes = Sizes(tuple(known[0, :, 0].tolist()), tuple(known[1, :, 0].tolist()), int(known[1, :, 1].sum()))
+    by_chunk = known[:, :, :C].swapaxes(1, 2).reshape(2, C * P)
+    sizes = Sizes(*map(tuple, by_chunk.tolist()), int(known[1, :, C].sum()))
     plans.set_sizes(sizes)
 
     # the tokens cross
@@ -375,14 +422,18 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
     receiving = plans.receiving
     cdef Array received = space.empty((plans.num_received, width), tokens.dtype)
     cdef Array weights = space.empty((plans.num_received, S), W)
-    transfer = comm.all_to_all_v(
-        space,
-        [(packed, received), (slot_experts, receiving.topk_idx), (slot_weights, weights)],
-        sizes.sent,
-        sizes.received,
-        Step("dispatch", layer.layer),
-    )
-    transfer.wait()
+    slots = [(slot_experts, receiving.topk_idx), (slot_weights, weights)]
+    step, underway = Step("dispatch", layer.layer), None
+    if C == 1:
+        comm.all_to_all_v(space, [(packed, received), *slots], sizes.sent, sizes.received, step).wait()
+    else:
+        transfer = comm.all_to_all_v(space, slots, sizes.sent, sizes.received, step)
+        underway = Underway()
+        underway.arriving = [
+            exchange_chunk(comm, space, [(packed, received)], sizes.sent, sizes.received, chunk, step)
+            for chunk in range(C)
+        ]
+        transfer.wait()
     backend.sort(
         space, receiving.topk_idx, weights, -1, "position",
         receiving.expert_offsets, receiving.row_token, receiving.row_weights, receiving.token_rows,
@@ -397,7 +448,30 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
         None if balance is None else space.export(balance),
         *[space.export(part) for part in others],
         sizes,
+        underway,
     )
+
+
+def exchange_chunk(comm, space, parts, sent, received, chunk, step):
+    """Start to exchange one chunk's rows of (send, recv) Arrays that have all chunks'."""
+    ranks = slice(chunk * comm.size, (chunk + 1) * comm.size)
+    return comm.all_to_all_v(
+        space,
+        [(chunk_of(send, sent, chunk, comm.size), chunk_of(recv, received, chunk, comm.size)) for send, recv in parts],
+        sent[ranks],
+        received[ranks],
+        step,
+    )
+
+
+cdef Array chunk_of(Array array, tuple counts, int chunk, int num_ranks):
+    """The rows of one chunk, of an Array that has the rows of ``counts``, a number for each chunk and rank."""
+    cdef int first = chunk * num_ranks
+    if len(counts) == num_ranks:
+        return array
+    cdef int64_t before = sum(counts[:first]), rows = sum(counts[first : first + num_ranks])
+    cdef int64_t row_bytes = array.nbytes // max(array.dims[0], 1)
+    return array.at(before * row_bytes, (rows, *array.shape[1:]), array.dtype)
 
 
 def _dispatch_backward(
@@ -444,14 +518,9 @@ def _dispatch_backward(
     cdef Space space = space_of(x, tokens)
     backend = backend_for(space)
 
-    cdef Array returned = space.empty((N, width), tokens.dtype)
-    cdef Array d_pairs = space.empty((N, S), W)
-    transfer = comm.all_to_all_v(
-        space,
-        [(d_tokens, returned), (d_slots, d_pairs)],
-        dispatched.sizes.received,
-        dispatched.sizes.sent,
-        Step("dispatch backward", layer.layer),
+    cdef Array returned, d_pairs
+    (returned, d_pairs), transfers = landing_of(
+        layer, space, dispatched, plans, [d_tokens, d_slots], Step("dispatch backward", layer.layer)
     )
     cdef Array tokens_per_expert = plans.routing.tokens_per_expert, balance, own_d_losses
     cdef bint group = layer.loss_scope == "group" and layer.has_losses
@@ -464,7 +533,8 @@ def _dispatch_backward(
         check_dtype(balance, "dispatched.balance", (<int>INT32,))
         tokens_per_expert = balance.at(4 * (E + 1), (E,), INT32)
     between = None if meanwhile is None else meanwhile()
-    transfer.wait()
+    for transfer in transfers:
+        transfer.wait()
     if group:
         summing.wait()
     cdef Array d_logits = space.empty((T, E), W)
@@ -487,6 +557,30 @@ def _dispatch_backward(
         space.export(d_gate),
         between,
     )
+
+
+def landing_of(layer, space, dispatched, _Plans plans, arrays, step):
+    """(Arrays [num_sent, n], Transfers): where received rows land that go home, and what is to be waited for.
+
+    They are on their way since ``run_experts`` or its gradient, or start now.
+    """
+    cdef Array own = arrays[0], sent
+    underway, sizes = dispatched.underway, dispatched.sizes
+    if underway is not None and underway.returning:
+        sent, landing, transfers = underway.rows, underway.landing, underway.returning
+        underway.rows, underway.landing, underway.returning = None, (), ()
+        if sent.data != own.data:
+            raise ConfigError(
+                f"ep_chunks={layer.ep_chunks}: rows are on their way home when the experts are done, so that {step.name} "
+                "takes what they returned and nothing else"
+            )
+        return landing, transfers
+    landing = [space.empty((plans.num_sent, *array.shape[1:]), array.dtype) for array in arrays]
+    parts = list(zip(arrays, landing, strict=True))
+    return landing, [
+        exchange_chunk(layer.comm, space, parts, sizes.received, sizes.sent, chunk, step)
+        for chunk in range(plans.num_chunks)
+    ]
 
 
 cdef int check_gate(Array gate, config, Array tokens) except -1:
@@ -528,15 +622,57 @@ def _run_experts(layer, received, dispatched, w_up, w_down, save_for_backward):
     if save_for_backward and not config.recompute_activations:
         z = space.empty((R, 2 * I), tokens.dtype)
     cdef Array a = space.empty((R, I), tokens.dtype)
-    backend.grouped_glu(
-        space, tokens, up, receiving.expert_offsets, plans.row_token(), config.activation, z, a
-    )
     cdef Array y = space.empty((R, H), tokens.dtype)
-    backend.grouped_gemm(space, a, down, receiving.expert_offsets, None, True, y)
-    a = None
     cdef Array rows = space.empty((plans.num_received, H), tokens.dtype)
-    backend.combine(space, y, receiving.token_rows, weights, rows)
+    cdef Array offsets = receiving.expert_offsets, row_token = plans.row_token()
+    home = Homeward(layer, space, dispatched, plans, [rows], "combine")
+    cdef int C = plans.num_chunks, chunk
+    for chunk in range(C):
+        home.wait_for(chunk)
+        backend.grouped_glu(space, tokens, up, offsets, row_token, config.activation, z, a, C, chunk)
+        backend.grouped_gemm(space, a, down, offsets, None, True, y, C, chunk)
+        backend.combine(space, y, *[home.part(array, chunk) for array in (receiving.token_rows, weights, rows)])
+        home.start(chunk)
     return space.export(rows), None if z is None else space.export(z)
+
+
+cdef class Homeward:
+    """The chunks at the experts: each is waited for, and with chunks sent home when it is done."""
+
+    cdef object comm, space, underway, sizes, arriving, parts, step
+
+    def __cinit__(self, layer, space, dispatched, _Plans plans, arrays, name):
+        self.comm = layer.comm
+        self.space = space
+        self.sizes = dispatched.sizes
+        self.underway = dispatched.underway
+        self.step = Step(name, layer.layer)
+        if self.underway is not None:
+            self.arriving = self.underway.take_arriving()
+            self.underway.rows = arrays[0]
+            self.underway.landing = [
+                space.empty((plans.num_sent, *array.shape[1:]), array.dtype) for array in arrays
+            ]
+            self.underway.returning = []
+            self.parts = list(zip(arrays, self.underway.landing, strict=True))
+
+    cdef int wait_for(self, int chunk) except -1:
+        if self.underway is not None and self.arriving:
+            self.arriving[chunk].wait()
+        return 0
+
+    cdef Array part(self, Array array, int chunk):
+        """The chunk's rows of an Array of all received tokens."""
+        return chunk_of(array, self.sizes.received, chunk, self.comm.size)
+
+    cdef int start(self, int chunk) except -1:
+        if self.underway is not None:
+            self.underway.returning.append(
+                exchange_chunk(
+                    self.comm, self.space, self.parts, self.sizes.received, self.sizes.sent, chunk, self.step
+                )
+            )
+        return 0
 
 
 def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_down):
@@ -562,25 +698,33 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
         check_like(z, "z", tokens, "received")
     else:
         z = space.empty((R, 2 * I), tokens.dtype)
-        # pa takes the recomputed activations only to be overwritten by the next stage
-        backend.grouped_glu(space, tokens, up, offsets, row_token, config.activation, z, pa)
     cdef Array dz = space.empty((R, 2 * I), tokens.dtype)
-    cdef Array dp = space.empty((R, 1), W)
-    backend.grouped_glu_backward(
-        space, d_out, down, offsets, row_token, plans.row_weights(), z, config.activation, dz, pa,
-        dp.at(0, (R,), W),
-    )
-    z = None
     cdef Array dx_rows = space.empty((R, H), tokens.dtype)
-    backend.grouped_gemm(space, dz, up, offsets, None, False, dx_rows)
-    cdef Array d_tokens = space.empty((N, H), tokens.dtype)
-    backend.combine(space, dx_rows, receiving.token_rows, None, d_tokens)
-    dx_rows = None
-    # a slot's gradient is its row's: a sum of one
-    cdef Array slot_rows = receiving.token_rows, d_slots = space.empty((N, S), W)
-    backend.combine(
-        space, dp, slot_rows.at(0, (N * S, 1), INT32), None, d_slots.at(0, (N * S, 1), W)
-    )
+    cdef Array d_tokens = space.empty((N, H), tokens.dtype), d_slots = space.empty((N, S), W)
+    cdef Array dp, rows_of_slots, d_slots_part
+    home = Homeward(layer, space, dispatched, plans, [d_tokens, d_slots], "dispatch backward")
+    cdef int C = plans.num_chunks, chunk
+    for chunk in range(C):
+        if kept_z is None:
+            # pa takes the recomputed activations only to be overwritten by the next stage
+            backend.grouped_glu(space, tokens, up, offsets, row_token, config.activation, z, pa, C, chunk)
+        home.wait_for(chunk)
+        dp = space.empty((R, 1), W)  # only this chunk's rows are of use
+        backend.grouped_glu_backward(
+            space, d_out, down, offsets, row_token, plans.row_weights(), z, config.activation, dz, pa,
+            dp.at(0, (R,), W), C, chunk,
+        )
+        backend.grouped_gemm(space, dz, up, offsets, None, False, dx_rows, C, chunk)
+        rows_of_slots = home.part(receiving.token_rows, chunk)
+        backend.combine(space, dx_rows, rows_of_slots, None, home.part(d_tokens, chunk))
+        # a slot's gradient is its row's: a sum of one
+        d_slots_part = home.part(d_slots, chunk)
+        backend.combine(
+            space, dp, rows_of_slots.at(0, (rows_of_slots.size, 1), INT32), None,
+            d_slots_part.at(0, (rows_of_slots.size, 1), W),
+        )
+        home.start(chunk)
+    z = dx_rows = None
 
     def weight_gradients(w_up_grad=None, w_down_grad=None, scale=1.0):
         cdef Array dw_up = sums_of(w_up_grad, "w_up_grad", "[experts of this rank, ffn_dim, d_model]", up)
@@ -590,12 +734,12 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
         if w_down_grad is None:
             dw_down = space.empty((L, H, I), tokens.dtype)
         backend.grouped_gemm_wgrad(
-            space, d_out, pa, offsets, row_token, None, dw_down, w_down_grad is not None, scale
+            space, d_out, pa, offsets, row_token, None, dw_down, w_down_grad is not None, scale, C
         )
         if w_up_grad is None:
             dw_up = space.empty((L, 2 * I, H), tokens.dtype)
         backend.grouped_gemm_wgrad(
-            space, dz, tokens, offsets, None, row_token, dw_up, w_up_grad is not None, scale
+            space, dz, tokens, offsets, None, row_token, dw_up, w_up_grad is not None, scale, C
         )
         return (
             space.export(dw_up) if w_up_grad is None else None,
@@ -615,14 +759,9 @@ def _combine(layer, rows, dispatched):
     cdef _Plans plans = plans_of(layer, dispatched, T, router_dtype(source))
     check_shape(source, "rows", "[N, width]", plans.num_received, width)
     cdef Space space = space_of(rows, source)
-    cdef Array returned = space.empty((plans.num_sent, width), source.dtype)
-    layer.comm.all_to_all_v(
-        space,
-        [(source, returned)],
-        dispatched.sizes.received,
-        dispatched.sizes.sent,
-        Step("combine", layer.layer),
-    ).wait()
+    (returned,), transfers = landing_of(layer, space, dispatched, plans, [source], Step("combine", layer.layer))
+    for transfer in transfers:
+        transfer.wait()
     cdef Array output = space.empty((T, width), source.dtype)
     backend_for(space).combine(space, returned, plans.sending.token_rows, None, output)
     return space.export(output)
@@ -640,11 +779,14 @@ def _combine_backward(layer, grad_output, dispatched):
     cdef Array packed = space.empty((plans.num_sent, width), d_out.dtype)
     backend_for(space).permute(space, d_out, sending.row_token, sending.expert_offsets, packed)
     cdef Array d_rows = space.empty((plans.num_received, width), d_out.dtype)
-    layer.comm.all_to_all_v(
-        space,
-        [(packed, d_rows)],
-        dispatched.sizes.sent,
-        dispatched.sizes.received,
-        Step("combine backward", layer.layer),
-    ).wait()
+    step, sizes = Step("combine backward", layer.layer), dispatched.sizes
+    transfers = [
+        exchange_chunk(layer.comm, space, [(packed, d_rows)], sizes.sent, sizes.received, chunk, step)
+        for chunk in range(plans.num_chunks)
+    ]
+    if dispatched.underway is None:
+        for transfer in transfers:
+            transfer.wait()
+    else:
+        dispatched.underway.arriving = transfers
     return space.export(d_rows)

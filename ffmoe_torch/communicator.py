@@ -190,11 +190,15 @@ class TorchCommunicator(WatchedCommunicator):
             if self.size == 1:  # gloo leaves a rank's rows to itself out, where there is no other
                 target.copy_(source)
                 continue
-            works.append(
-                dist.all_to_all_single(
-                    target, source, recv_bytes, sent_bytes, group=self._group, async_op=True
+            for first in range(0, len(send_counts), self.size):
+                out, come = (sizes[first : first + self.size] for sizes in (sent_bytes, recv_bytes))
+                source_part, source = source[: sum(out)], source[sum(out) :]
+                target_part, target = target[: sum(come)], target[sum(come) :]
+                works.append(
+                    dist.all_to_all_single(
+                        target_part, source_part, come, out, group=self._group, async_op=True
+                    )
                 )
-            )
         self._count_bytes(parts, send_counts, step)
         return TorchTransfer(self, number, works, parts)
 

@@ -319,6 +319,7 @@ class MoELayer(nn.Module):
         ep_backend: str = "auto",
         ep_timeout: float = DEFAULT_TIMEOUT,
         *,
+        ep_chunks: int = 1,
         loss_scope: str = "group",
         grad_reduction: str = "mean",
         name: str = "MoELayer",
@@ -336,6 +337,8 @@ class MoELayer(nn.Module):
         ep_backend : "nccl" (GPUs; over a ProcessGroup's store or MPI), "mpi" (CPUs, mpi4py), "torch" (the
             ProcessGroup's own collectives) or "auto".
         ep_timeout : seconds an exchange waits for other ranks before it raises CommError.
+        ep_chunks : into so many runs this rank's tokens are cut, of which one crosses while another is at the experts.
+            More hide more of the exchanges, and make each product smaller. Not with ``latent_dim``.
         loss_scope : "group": losses and ``stats()`` are of all ranks' tokens. "local": of this rank's.
         grad_reduction : "mean": the experts' gradients are scaled for dense gradients that are averaged over the
             ranks (DDP, FSDP): both are then the gradient of the mean of all ranks' losses. "sum": they are those
@@ -363,8 +366,13 @@ class MoELayer(nn.Module):
             "grad_reduction": grad_reduction,
         }
         expert_parallel = ExpertParallel(
-            comm, self.config, layer=name, loss_scope=loss_scope, agree_on=options
+            comm, self.config, layer=name, loss_scope=loss_scope, ep_chunks=ep_chunks, agree_on=options
         )
+        if ep_chunks > 1 and self.latent_dim is not None:
+            raise ConfigError(
+                f"ep_chunks={ep_chunks} with latent_dim={self.latent_dim}: the projections take all tokens at once; use "
+                "ep_chunks=1"
+            )
         self._sharded = ShardedExperts(expert_parallel, grad_reduction)
         own = slice(expert_parallel.experts.start, expert_parallel.experts.stop)
         for weights in ("w_up", "w_down"):

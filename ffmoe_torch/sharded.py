@@ -17,7 +17,7 @@ from ffmoe_core import ExpertParallel, expert_range
 from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import Communicator, Step
 from ffmoe_core.errors import CommError, ConfigError
-from ffmoe_core.expert_parallel import Dispatched
+from ffmoe_core.expert_parallel import Dispatched, Underway
 
 from .functional import autocast, refuse_functorch, refuse_tangents
 
@@ -171,6 +171,16 @@ class _Call:
         self.dispatched: Dispatched | None = None
         # with the number of their backward pass: one that ends between experts and dispatch leaves them behind
         self.weight_gradients: tuple[int, Callable[..., WeightGradients]] | None = None
+        self.underway: tuple[int, Underway] | None = None
+
+    def start_backward(self) -> None:
+        """With chunks the functions' gradients hand each other what they have started."""
+        if self.expert_parallel.ep_chunks > 1:
+            self.underway = _graph_task(), Underway()
+
+    def underway_in_backward(self) -> Underway | None:
+        graph_task, underway = self.underway or (-1, None)
+        return underway if graph_task == _graph_task() else None
 
     def take(self) -> Dispatched:
         """Of the forward call; what backward needs is in autograd's keeping, which knows when to let go."""
@@ -181,12 +191,13 @@ class _Call:
 
 def _save(ctx: Any, dispatched: Dispatched, *tensors: Tensor | None) -> None:
     ctx.sizes = dispatched.sizes
-    ctx.save_for_backward(*tensors, dispatched.weights, *dispatched[3:-1])
+    ctx.save_for_backward(*tensors, dispatched.weights, *dispatched[3:-2])
 
 
 def _saved(ctx: Any) -> tuple[list[Tensor | None], Dispatched]:
     *tensors, weights, logits, routing, balance, sending, pair_slots, receiving = ctx.saved_tensors
-    rest = (logits, routing, balance, sending, pair_slots, receiving, ctx.sizes)
+    underway = ctx.call.underway_in_backward()
+    rest = (logits, routing, balance, sending, pair_slots, receiving, ctx.sizes, underway)
     return tensors, Dispatched(None, weights, None, *rest)
 
 
@@ -277,5 +288,6 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.call.start_backward()
         _, dispatched = _saved(ctx)
         return None, ctx.call.expert_parallel.combine_backward(grads[0].contiguous(), dispatched)

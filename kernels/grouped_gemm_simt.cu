@@ -221,9 +221,10 @@ extern "C" __global__ void sum_parts(const A* parts, TypeOut* out, int64 size, i
 
 extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped_gemm(
     const TypeA* a, const TypeB* b, const int* offsets, const int* row_index, TypeOut* out,
-    int num_groups, int num_rows, int depth, int columns, int column_tiles, int vectors
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles, int vectors
 ) {
-    const Tile tile = find_tile<TILE>(blockIdx.x, offsets, num_groups, num_rows, column_tiles);
+    const GroupRows groups = {offsets, num_rows, chunks, chunk};
+    const Tile tile = find_tile<TILE>(blockIdx.x, groups, num_groups, column_tiles);
     if (tile.count == 0) return;
     const int first_column = tile.column * TILE;
     const bool nobodys = tile.group == num_groups;
@@ -246,11 +247,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped
 // out[e][m, n] (+)= scale * sum over the rows r of e of a[a_index[r], m] b[b_index[r], n]
 extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped_gemm_wgrad(
     const TypeA* a, const TypeB* b, const int* offsets, const int* a_index, const int* b_index, TypeOut* out,
-    int a_columns, int b_columns, int row_tiles, int column_tiles, double scale, int vectors
+    int chunks, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale, int vectors
 ) {
     const Place place = place_in_panels(blockIdx.x, row_tiles, column_tiles);
     const int first_row = place.row * TILE, first_column = place.column * TILE;
-    const int group = blockIdx.y, begin = offsets[group], depth = offsets[group + 1] - begin;
+    const int group = blockIdx.y;
+    const int begin = offsets[group * chunks], depth = offsets[(group + 1) * chunks] - begin;
     Operand<TypeA, false> left = {
         a + (a_index != nullptr ? 0 : int64(begin) * a_columns) + first_row, a_columns,
         a_index != nullptr ? a_index + begin : nullptr, a_columns - first_row, vectors != 0
@@ -276,9 +278,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped
 // A warp takes 32 gate columns and the 32 up columns that belong to them.
 extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped_glu(
     const TypeA* x, const TypeB* w_up, const int* offsets, const int* row_index, TypeOut* z, TypeOut* a,
-    int num_groups, int num_rows, int depth, int intermediate, int column_tiles, int vectors, int activation
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, int vectors, int activation
 ) {
-    const Tile tile = find_tile<TILE>(blockIdx.x, offsets, num_groups, num_rows, column_tiles);
+    const GroupRows groups = {offsets, num_rows, chunks, chunk};
+    const Tile tile = find_tile<TILE>(blockIdx.x, groups, num_groups, column_tiles);
     if (tile.count == 0) return;
     const int first_column = tile.column * (TILE / 2);
     const bool nobodys = tile.group == num_groups;
@@ -315,9 +318,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped
 extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped_glu_backward(
     const TypeA* dout, const TypeB* w_down, const int* offsets, const int* row_index, const A* row_weights,
     const TypeOut* z, TypeOut* dz, TypeOut* pa, A* dp_parts,
-    int num_groups, int num_rows, int depth, int intermediate, int column_tiles, int vectors, int activation
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, int vectors, int activation
 ) {
-    const Tile tile = find_tile<TILE>(blockIdx.x, offsets, num_groups, num_rows, column_tiles);
+    const GroupRows groups = {offsets, num_rows, chunks, chunk};
+    const Tile tile = find_tile<TILE>(blockIdx.x, groups, num_groups, column_tiles);
     if (tile.count == 0) return;
     const int first_column = tile.column * TILE;
     const bool nobodys = tile.group == num_groups;

@@ -292,9 +292,10 @@ __device__ __forceinline__ ContractionMajor<TILE_ROWS> gathered_rows(
 // out[r, n] = sum_k a[row_index[r], k] b[e][n, k]   (TRANSPOSE_B 1)   or   b[e][k, n]   (0)
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm(
     const X* a, const X* b, const int* offsets, const int* row_index, X* out,
-    int num_groups, int num_rows, int depth, int columns, int column_tiles
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles
 ) {
-    const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, offsets, num_groups, num_rows, column_tiles);
+    const GroupRows groups = {offsets, num_rows, chunks, chunk};
+    const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, groups, num_groups, column_tiles);
     if (tile.count == 0) return;
     const int rows = rows_read(tile, num_groups), first_column = tile.column * TILE_COLUMNS;
     const X* weights = b + (rows == 0 ? 0 : int64(tile.group) * depth * columns);
@@ -322,11 +323,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm(
 // out[e][m, n] (+)= scale * sum over the rows r of e of a[a_index[r], m] b[b_index[r], n]
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm_wgrad(
     const X* a, const X* b, const int* offsets, const int* a_index, const int* b_index,
-    type_of<OUT_TYPE>* out, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale
+    type_of<OUT_TYPE>* out, int chunks, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale
 ) {
     const Place place = place_in_panels(blockIdx.x, row_tiles, column_tiles);
     const int first_row = place.row * TILE_ROWS, first_column = place.column * TILE_COLUMNS;
-    const int group = blockIdx.y, begin = offsets[group], depth = offsets[group + 1] - begin;
+    const int group = blockIdx.y;
+    const int begin = offsets[group * chunks], depth = offsets[(group + 1) * chunks] - begin;
     TileMajor<TILE_ROWS> left(
         a_index != nullptr ? a : a + int64(begin) * a_columns, a_columns,
         a_index != nullptr ? a_index + begin : nullptr, depth, first_row, a_columns
@@ -359,9 +361,10 @@ constexpr int GATE_COLUMNS = TILE_COLUMNS / 2;
 // z[r] = w_up[e] x[row_index[r]], a = act(gate) * up
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_glu(
     const X* x, const X* w_up, const int* offsets, const int* row_index, X* z, X* a,
-    int num_groups, int num_rows, int depth, int intermediate, int column_tiles
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles
 ) {
-    const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, offsets, num_groups, num_rows, column_tiles);
+    const GroupRows groups = {offsets, num_rows, chunks, chunk};
+    const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, groups, num_groups, column_tiles);
     if (tile.count == 0) return;
     const int rows = rows_read(tile, num_groups), first_column = tile.column * GATE_COLUMNS;
     const X* weights = w_up + (rows == 0 ? 0 : int64(tile.group) * 2 * intermediate * depth);
@@ -413,9 +416,10 @@ __device__ __forceinline__ void prefetch_z(
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_glu_backward(
     const X* dout, const X* w_down, const int* offsets, const int* row_index, const float* row_weights,
     const X* z, X* dz, X* pa, float* dp_parts,
-    int num_groups, int num_rows, int depth, int intermediate, int column_tiles
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles
 ) {
-    const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, offsets, num_groups, num_rows, column_tiles);
+    const GroupRows groups = {offsets, num_rows, chunks, chunk};
+    const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, groups, num_groups, column_tiles);
     if (tile.count == 0) return;
     const int rows = rows_read(tile, num_groups), first_column = tile.column * TILE_COLUMNS;
     const X* weights = w_down + (rows == 0 ? 0 : int64(tile.group) * depth * intermediate);

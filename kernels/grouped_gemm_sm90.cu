@@ -463,9 +463,9 @@ constexpr int EARLY = GATHER ? 10 : 1;
 struct Rows {
     const X* a;            // read if GATHER
     const TensorMap& map;  // of a, if not
-    const int* offsets;
+    GroupRows groups;
     const int* row_index;
-    int num_groups, num_rows, depth, column_tiles;
+    int num_groups, depth, column_tiles;
     uint32* due;  // see Pace
 
     __device__ int steps(const Tile& tile) const {
@@ -501,7 +501,7 @@ __device__ __forceinline__ void multiply_rows(
     const Rows& rows, CopyPart copy_part, CopyMore copy_more, Finish finish, Clear clear
 ) {
     if (threadIdx.x < 32)
-        shared().tiles.fill(rows.offsets, rows.num_groups, rows.num_rows, CLUSTER * OWN, rows.column_tiles);
+        shared().tiles.fill(rows.groups, rows.num_groups, CLUSTER * OWN, rows.column_tiles);
     const auto fetch_all = [&] {
         // With nothing to gather one thread is enough; and one that waits for stages, but that nobody waits for,
         // might fall behind by two phases of a barrier, and wait for ever.
@@ -577,9 +577,10 @@ struct Nothing {
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm(
     const X* a, const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
     const __grid_constant__ TensorMap out_map, const int* offsets, const int* row_index, X* out,
-    int num_groups, int num_rows, int depth, int columns, int column_tiles, uint32* due
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles, uint32* due
 ) {
-    const Rows rows = {a, a_map, offsets, row_index, num_groups, num_rows, depth, column_tiles, due};
+    const GroupRows groups = {offsets, num_rows, chunks, chunk};
+    const Rows rows = {a, a_map, groups, row_index, num_groups, depth, column_tiles, due};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
         const int first = tile.column * SHARED + cluster_rank() * PART;
         copy_to_all<PART, !TRANSPOSE_B>(to, b_map, first, k, tile.group, full);
@@ -611,9 +612,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const X* x, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
     const __grid_constant__ TensorMap z_map, const __grid_constant__ TensorMap a_map, const int* offsets,
     const int* row_index, X* z, X* a,
-    int num_groups, int num_rows, int depth, int intermediate, int column_tiles, uint32* due
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, uint32* due
 ) {
-    const Rows rows = {x, x_map, offsets, row_index, num_groups, num_rows, depth, column_tiles, due};
+    const GroupRows groups = {offsets, num_rows, chunks, chunk};
+    const Rows rows = {x, x_map, groups, row_index, num_groups, depth, column_tiles, due};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
         const int matrix = 2 * tile.group + cluster_rank();
         copy_to_all<PART, false>(to, w_map, tile.column * GATE_COLUMNS, k, matrix, full);
@@ -692,9 +694,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const __grid_constant__ TensorMap pa_map, const int* offsets, const int* row_index,
     const float* row_weights, X* dz, X* pa,
     float* dp_parts,
-    int num_groups, int num_rows, int depth, int intermediate, int column_tiles, uint32* due
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, uint32* due
 ) {
-    const Rows rows = {dout, dout_map, offsets, row_index, num_groups, num_rows, depth, column_tiles, due};
+    const GroupRows groups = {offsets, num_rows, chunks, chunk};
+    const Rows rows = {dout, dout_map, groups, row_index, num_groups, depth, column_tiles, due};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
         copy_to_all<PART, true>(to, w_map, tile.column * SHARED + cluster_rank() * PART, k, tile.group, full);
     };
@@ -820,11 +823,11 @@ __device__ __forceinline__ uint32 finish_gradient(
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm_wgrad(
     const X* a, const __grid_constant__ TensorMap a_map, const X* b, const __grid_constant__ TensorMap b_map,
     const __grid_constant__ TensorMap out_map, const int* offsets, const int* index, type_of<OUT_TYPE>* out,
-    int num_groups, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale
+    int num_groups, int chunks, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale
 ) {
     const auto rows_of = [&](int group) -> Span {
-        const int begin = offsets[group];
-        return {begin, offsets[group + 1] - begin};
+        const int begin = offsets[group * chunks];
+        return {begin, offsets[(group + 1) * chunks] - begin};
     };
     const auto find = [&](int at) -> Part {
         const int group = at / (row_tiles * column_tiles);

@@ -56,6 +56,10 @@ class WatchedCommunicator:
     def abort(self, reason: str) -> None:
         self._watch.abort(reason)
 
+    def _in_rounds(self, num_counts: int, ranks: Sequence[int]) -> list[tuple[int, int]]:
+        """(place among the counts, rank), round by round, and in each by ``ranks``."""
+        return [(before + rank, rank) for before in range(0, num_counts, self.size) for rank in ranks]
+
     def _count_bytes(self, parts: Parts, send_counts: Sequence[int], step: Step) -> None:
-        rows = sum(send_counts) - send_counts[self.rank]
+        rows = sum(send_counts) - sum(send_counts[self.rank :: self.size])
         self.sent_bytes[step.name] += rows * sum(row_bytes(send) for send, _ in parts)

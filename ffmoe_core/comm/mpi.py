@@ -94,9 +94,11 @@ class MpiCommunicator(WatchedCommunicator):
             source, target = host_bytes(send), host_bytes(recv)
             to_send = cut_by_rank(send_counts, row_bytes(send))
             to_recv = cut_by_rank(recv_counts, row_bytes(recv))
-            target[to_recv[self.rank]] = source[to_send[self.rank]]
-            sends += [(rank, source[to_send[rank]]) for rank in self._others]
-            recvs += [(rank, target[to_recv[rank]]) for rank in self._others]
+            for place in range(self.rank, len(to_send), self.size):
+                target[to_recv[place]] = source[to_send[place]]
+            places = self._in_rounds(len(to_send), self._others)
+            sends += [(rank, source[to_send[place]]) for place, rank in places]
+            recvs += [(rank, target[to_recv[place]]) for place, rank in places]
         self._count_bytes(parts, send_counts, step)
         return self._start(sends, recvs, step, parts)
 

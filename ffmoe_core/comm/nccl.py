@@ -144,8 +144,8 @@ class NcclCommunicator(WatchedCommunicator):
         """A rank's rows to itself go the same way: a copy beside the others would take their bandwidth."""
         stream = self._stream.ptr
         for send, to_send, recv, to_recv in cuts:
-            for rank in (*self._others, self.rank):
-                out, come = to_send[rank], to_recv[rank]
+            for place, rank in self._in_rounds(len(to_send), (*self._others, self.rank)):
+                out, come = to_send[place], to_recv[place]
                 if out.stop > out.start:
                     self._comm.send(send.ptr + out.start, out.stop - out.start, nccl.NCCL_UINT8, rank, stream)
                 if come.stop > come.start:

@@ -30,35 +30,39 @@ cdef inline int64_t rank_of(const Share* share, int64_t expert) noexcept nogil:
     return share.longer + (expert - in_longer) // share.size
 
 
+# A rank's tokens may be cut into chunks that cross one after the other; kernels/dispatch.cu says how they are numbered.
+
 # --- the ranks of a token ---
 
 cdef void find_ranks(
-    const Share* share, int64_t top_k, int64_t most, const int32_t* experts, const int32_t* rows, int32_t* ranks
+    const Share* share, int64_t top_k, int64_t most, int64_t before, const int32_t* experts, const int32_t* rows,
+    int32_t* ranks,
 ) noexcept nogil:
-    cdef int64_t k, d, held = 0, rank
+    cdef int64_t k, d, held = 0, place
     for k in range(top_k):
         if rows[k] < 0:
             continue
-        rank = rank_of(share, experts[k])
+        place = before + rank_of(share, experts[k])
         for d in range(held):
-            if ranks[d] == rank:
+            if ranks[d] == place:
                 break
         else:
-            ranks[held] = <int32_t>rank
+            ranks[held] = <int32_t>place
             held += 1
     for d in range(held, most):
         ranks[d] = -1
 
 
-def dispatch_ranks(Space space, Array topk_idx, Array token_rows, num_experts, num_ranks, Array ranks):
+def dispatch_ranks(Space space, Array topk_idx, Array token_rows, num_experts, num_ranks, Array ranks, int32_t chunks=1):
     cdef Share share = share_of(num_experts, num_ranks)
-    cdef int64_t K = topk_idx.dims[1], D = ranks.dims[1], token
+    cdef int64_t K = topk_idx.dims[1], D = ranks.dims[1], T = topk_idx.dims[0], token, before
     cdef const int32_t* experts = <const int32_t*>topk_idx.data
     cdef const int32_t* rows = <const int32_t*>token_rows.data
     cdef int32_t* out = <int32_t*>ranks.data
     cdef int threads = num_threads()
-    for token in prange(topk_idx.dims[0], nogil=True, num_threads=threads, schedule="static"):
-        find_ranks(&share, K, D, experts + token * K, rows + token * K, out + token * D)
+    for token in prange(T, nogil=True, num_threads=threads, schedule="static"):
+        before = ((token + 1) * chunks - 1) // T * share.num_ranks
+        find_ranks(&share, K, D, before, experts + token * K, rows + token * K, out + token * D)
 
 
 # --- what goes with a token ---
@@ -68,6 +72,7 @@ cdef struct Slots:
     int64_t top_k
     int64_t most_ranks  # D
     int64_t num_slots  # S
+    int64_t chunks
     int64_t width  # bytes of a weight
     const int32_t* topk_idx
     const char* topk_weights
@@ -87,7 +92,7 @@ cdef void clear_slots(const Slots* job, int64_t row) noexcept nogil:
 
 
 cdef void fill_slots(const Slots* job, int64_t token) noexcept nogil:
-    cdef int64_t d, k, pair, row, slot, rank, i
+    cdef int64_t d, k, pair, row, slot, rank, chunk, i
     for k in range(token * job.top_k, (token + 1) * job.top_k):
         job.pair_slots[k] = -1
     for d in range(token * job.most_ranks, (token + 1) * job.most_ranks):
@@ -96,13 +101,16 @@ cdef void fill_slots(const Slots* job, int64_t token) noexcept nogil:
             continue
         clear_slots(job, row)
         slot = row * job.num_slots
-        rank = job.ranks[d]
+        rank = job.ranks[d] % job.share.num_ranks
+        chunk = job.ranks[d] // job.share.num_ranks
         for k in range(job.top_k):
             pair = token * job.top_k + k
             if job.token_rows[pair] < 0 or rank_of(&job.share, job.topk_idx[pair]) != rank:
                 continue
             job.pair_slots[pair] = <int32_t>slot
-            job.slot_experts[slot] = <int32_t>(job.topk_idx[pair] - first_expert(&job.share, rank))
+            job.slot_experts[slot] = <int32_t>(
+                (job.topk_idx[pair] - first_expert(&job.share, rank)) * job.chunks + chunk
+            )
             for i in range(job.width):
                 job.slot_weights[slot * job.width + i] = job.topk_weights[pair * job.width + i]
             slot = slot + 1
@@ -111,8 +119,9 @@ cdef void fill_slots(const Slots* job, int64_t token) noexcept nogil:
 def dispatch_slots(
     Space space, Array topk_idx, Array topk_weights, Array token_rows, Array expert_offsets, Array ranks,
     Array send_rows, Array send_offsets, Array slot_experts, Array slot_weights, Array pair_slots, Array counts,
+    int32_t chunks=1,
 ):
-    cdef int64_t E = expert_offsets.dims[0] - 1, P = send_offsets.dims[0] - 1, token, rank, row
+    cdef int64_t E = expert_offsets.dims[0] - 1, P = (send_offsets.dims[0] - 1) // chunks, token, rank, row, chunk, place
     cdef int64_t num_tokens = topk_idx.dims[0], most_rows = slot_experts.dims[0]
     cdef const int32_t* offsets = <const int32_t*>expert_offsets.data
     cdef const int32_t* starts = <const int32_t*>send_offsets.data
@@ -122,6 +131,7 @@ def dispatch_slots(
     job.top_k = topk_idx.dims[1]
     job.most_ranks = ranks.dims[1]
     job.num_slots = slot_experts.dims[1]
+    job.chunks = chunks
     job.width = itemsize(topk_weights.dtype)
     job.topk_idx = <const int32_t*>topk_idx.data
     job.topk_weights = topk_weights.data
@@ -134,10 +144,12 @@ def dispatch_slots(
     cdef int threads = num_threads()
     for token in prange(num_tokens, nogil=True, num_threads=threads, schedule="static"):
         fill_slots(&job, token)
-    for row in range(starts[P], most_rows):
+    for row in range(starts[P * chunks], most_rows):
         clear_slots(&job, row)
     for rank in range(P):
-        count[2 * rank] = starts[rank + 1] - starts[rank]
-        count[2 * rank + 1] = (
+        for chunk in range(chunks):
+            place = chunk * P + rank
+            count[rank * (chunks + 1) + chunk] = starts[place + 1] - starts[place]
+        count[rank * (chunks + 1) + chunks] = (
             offsets[first_expert(&job.share, rank + 1)] - offsets[first_expert(&job.share, rank)]
         )

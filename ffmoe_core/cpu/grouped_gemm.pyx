@@ -34,28 +34,31 @@ cdef inline const int32_t* index_of(Array index):
     return <const int32_t*>index.data
 
 
-cdef int zero_tail(Array rows, int64_t first) except -1:
-    """Rows from ``first`` on belong to no expert."""
+cdef int zero_tail(Array rows, int64_t first, int chunks) except -1:
+    """Rows from ``first`` on belong to no expert. Chunks leave all rows but their own alone."""
+    if chunks > 1:
+        return 0
     cdef int64_t row_bytes = rows.size // max(rows.dims[0], 1) * itemsize(rows.dtype)
     return zero(rows.data + first * row_bytes, (rows.dims[0] - first) * row_bytes)
 
 
 def grouped_gemm(
-    Space space, Array a, Array b, Array expert_offsets, Array row_index, bint transpose_b, Array out
+    Space space, Array a, Array b, Array expert_offsets, Array row_index, bint transpose_b, Array out,
+    int chunks=1, int chunk=0,
 ):
     cdef const int32_t* offsets = <const int32_t*>expert_offsets.data
-    cdef int64_t num_experts = expert_offsets.dims[0] - 1
-    rows_product(a, index_of(row_index), b, offsets, num_experts, transpose_b, out, False)
-    zero_tail(out, offsets[num_experts])
+    cdef int64_t num_experts = b.dims[0]
+    rows_product(a, index_of(row_index), b, offsets, num_experts, transpose_b, out, False, chunks, chunk)
+    zero_tail(out, offsets[num_experts * chunks], chunks)
 
 
 def grouped_gemm_wgrad(
     Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out,
-    bint accumulate, double scale=1.0,
+    bint accumulate, double scale=1.0, int chunks=1,
 ):
     cdef const int32_t* offsets = <const int32_t*>expert_offsets.data
     rows_wgrad(
-        a, index_of(a_index), b, index_of(b_index), offsets, expert_offsets.dims[0] - 1, out, accumulate, scale
+        a, index_of(a_index), b, index_of(b_index), offsets, out.dims[0], out, accumulate, scale, chunks
     )
 
 
@@ -106,11 +109,12 @@ cdef void glu_unit(const Glu* job, int64_t unit, Worker* worker, real* c) noexce
 
 
 def grouped_glu(
-    Space space, Array x, Array w_up, Array expert_offsets, Array row_index, str activation, Array z, Array a
+    Space space, Array x, Array w_up, Array expert_offsets, Array row_index, str activation, Array z, Array a,
+    int chunks=1, int chunk=0,
 ):
     cdef bint double_precision = x.dtype == FLOAT64
     cdef const int32_t* offsets = <const int32_t*>expert_offsets.data
-    cdef int64_t num_experts = expert_offsets.dims[0] - 1
+    cdef int64_t num_experts = w_up.dims[0], num_rows = offsets[num_experts * chunks]
     cdef Glu job
     job.hidden = x.dims[1]
     job.intermediate = a.dims[1]
@@ -121,8 +125,8 @@ def grouped_glu(
     job.keep_z = z is not None
     if job.keep_z:
         job.z = operand(z, NULL, 2 * job.intermediate, double_precision)
-    cdef Scratch tiles = scratch((num_experts + blocks(offsets[num_experts], TILE_ROWS)) * sizeof(Tile))
-    cdef int64_t num_tiles = cut_rows(offsets, num_experts, <Tile*>tiles.data)
+    cdef Scratch tiles = scratch((num_experts + blocks(num_rows, TILE_ROWS)) * sizeof(Tile))
+    cdef int64_t num_tiles = cut_rows(offsets, num_experts, chunks, chunk, <Tile*>tiles.data)
     job.tiles = <const Tile*>tiles.data
     job.cuts = column_blocks(num_tiles, job.intermediate)
     cdef int64_t deep = min(job.hidden, <int64_t>DEPTH), wide = min(job.intermediate, <int64_t>COLUMNS)
@@ -143,9 +147,9 @@ def grouped_glu(
         else:
             glu_unit(&job, unit, worker + threadid(), <float*>worker[threadid()].c)
     leave_single_threaded()
-    zero_tail(a, offsets[num_experts])
+    zero_tail(a, num_rows, chunks)
     if z is not None:
-        zero_tail(z, offsets[num_experts])
+        zero_tail(z, num_rows, chunks)
 
 
 # --- back through the down-projection and the activation ---
@@ -201,22 +205,23 @@ cdef void glu_backward_unit(const GluBackward* job, int64_t unit, Worker* worker
             store(job.pa.dtype, columns, da, element(&job.pa, row, column))
 
 
-cdef inline void sum_row(int64_t cuts, const real* parts, real* out) noexcept nogil:
-    cdef real total = 0
-    cdef int64_t i
-    for i in range(cuts):
-        total += parts[i]
-    out[0] = total
+cdef inline void sum_rows(const Tile* tile, int64_t cuts, const real* parts, real* out) noexcept nogil:
+    cdef real total
+    cdef int64_t row, i
+    for row in range(tile.first, tile.first + tile.rows):
+        total = 0
+        for i in range(cuts):
+            total += parts[row * cuts + i]
+        out[row] = total
 
 
 def grouped_glu_backward(
     Space space, Array dout, Array w_down, Array expert_offsets, Array row_index, Array row_weights, Array z,
-    str activation, Array dz, Array pa, Array dp_rows,
+    str activation, Array dz, Array pa, Array dp_rows, int chunks=1, int chunk=0,
 ):
     cdef bint double_precision = dout.dtype == FLOAT64
     cdef const int32_t* offsets = <const int32_t*>expert_offsets.data
-    cdef int64_t num_experts = expert_offsets.dims[0] - 1
-    cdef int64_t num_rows = offsets[num_experts]
+    cdef int64_t num_experts = w_down.dims[0], num_rows = offsets[num_experts * chunks]
     cdef int width = 8 if double_precision else 4
     cdef GluBackward job
     job.hidden = dout.dims[1]
@@ -229,7 +234,7 @@ def grouped_glu_backward(
     job.pa = operand(pa, NULL, job.intermediate, double_precision)
     job.row_weights = row_weights.data
     cdef Scratch tiles = scratch((num_experts + blocks(num_rows, TILE_ROWS)) * sizeof(Tile))
-    cdef int64_t num_tiles = cut_rows(offsets, num_experts, <Tile*>tiles.data)
+    cdef int64_t num_tiles = cut_rows(offsets, num_experts, chunks, chunk, <Tile*>tiles.data)
     job.tiles = <const Tile*>tiles.data
     job.cuts = column_blocks(num_tiles, job.intermediate)
     cdef Scratch parts = scratch(num_rows * job.cuts * width)
@@ -242,7 +247,7 @@ def grouped_glu_backward(
     )
     cdef Worker* worker = workers.workers
     cdef int threads = workers.threads
-    cdef int64_t unit, units = num_tiles * job.cuts, row, cuts = job.cuts
+    cdef int64_t unit, units = num_tiles * job.cuts, cuts = job.cuts
     cdef char* dp = dp_rows.data
     cdef int64_t share = chunk_of(units, threads)
     enter_single_threaded()
@@ -252,11 +257,11 @@ def grouped_glu_backward(
         else:
             glu_backward_unit(&job, unit, worker + threadid(), <float*>worker[threadid()].c)
     leave_single_threaded()
-    for row in prange(num_rows, nogil=True, num_threads=threads, schedule="static"):
+    for unit in prange(num_tiles, nogil=True, num_threads=threads, schedule="static"):
         if double_precision:
-            sum_row(cuts, <const double*>job.dp + row * cuts, <double*>dp + row)
+            sum_rows(job.tiles + unit, cuts, <const double*>job.dp, <double*>dp)
         else:
-            sum_row(cuts, <const float*>job.dp + row * cuts, <float*>dp + row)
-    zero_tail(dz, num_rows)
-    zero_tail(pa, num_rows)
-    zero_tail(dp_rows, num_rows)
+            sum_rows(job.tiles + unit, cuts, <const float*>job.dp, <float*>dp)
+    zero_tail(dz, num_rows, chunks)
+    zero_tail(pa, num_rows, chunks)
+    zero_tail(dp_rows, num_rows, chunks)

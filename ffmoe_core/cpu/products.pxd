@@ -159,10 +159,10 @@ cdef int zero(char* data, int64_t nbytes) except -1
 
 cdef int rows_product(
     Array a, const int32_t* a_index, Array b, const int32_t* offsets, int64_t num_groups,
-    bint transpose_b, Array out, bint accumulate,
+    bint transpose_b, Array out, bint accumulate, int chunks=*, int chunk=*,
 ) except -1
 
 cdef int rows_wgrad(
     Array a, const int32_t* a_index, Array b, const int32_t* b_index, const int32_t* offsets,
-    int64_t num_groups, Array out, bint accumulate, double scale,
+    int64_t num_groups, Array out, bint accumulate, double scale, int chunks=*,
 ) except -1

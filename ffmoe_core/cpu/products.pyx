@@ -111,9 +111,12 @@ cdef void product_unit(const Product* job, int64_t unit, Worker* worker, real* c
 
 cdef int rows_product(
     Array a, const int32_t* a_index, Array b, const int32_t* offsets, int64_t num_groups,
-    bint transpose_b, Array out, bint accumulate,
+    bint transpose_b, Array out, bint accumulate, int chunks=1, int chunk=0,
 ) except -1:
-    """out[r] (+)= a[r or a_index[r]] op(b[g]) for the rows r of every group g, offsets[g]: offsets[g + 1]."""
+    """out[r] (+)= a[r or a_index[r]] op(b[g]) for the rows r of every group g, offsets[g]: offsets[g + 1].
+
+    With chunks see ``cut_rows``.
+    """
     cdef bint double_precision = a.dtype == FLOAT64
     cdef Product job
     job.depth = a.dims[1]
@@ -122,8 +125,8 @@ cdef int rows_product(
     job.out = operand(out, NULL, out.dims[1], double_precision)
     job.transpose_b = transpose_b
     job.accumulate = accumulate
-    cdef Scratch tiles = scratch((num_groups + blocks(offsets[num_groups], TILE_ROWS)) * sizeof(Tile))
-    cdef int64_t num_tiles = cut_rows(offsets, num_groups, <Tile*>tiles.data)
+    cdef Scratch tiles = scratch((num_groups + blocks(offsets[num_groups * chunks], TILE_ROWS)) * sizeof(Tile))
+    cdef int64_t num_tiles = cut_rows(offsets, num_groups, chunks, chunk, <Tile*>tiles.data)
     job.tiles = <const Tile*>tiles.data
     job.cuts = column_blocks(num_tiles, job.out.width)
     cdef int64_t deep = min(job.depth, <int64_t>DEPTH), wide = min(job.out.width, <int64_t>COLUMNS)
@@ -154,6 +157,7 @@ cdef struct Wgrad:
     Operand b
     Operand out
     const int32_t* offsets
+    int chunks
     int64_t height
     int64_t high_cuts
     int64_t wide_cuts
@@ -172,7 +176,7 @@ cdef void wgrad_unit(const Wgrad* job, int64_t unit, Worker* worker, real* c) no
     if rows == 0 or columns == 0:
         return
     cdef Operand out = part(&job.out, group, job.height)
-    cdef int64_t size = job.offsets[group + 1] - job.offsets[group], i
+    cdef int64_t size = job.offsets[(group + 1) * job.chunks] - job.offsets[group * job.chunks], i
     if size == 0:
         if job.accumulate:
             return
@@ -190,8 +194,8 @@ cdef void wgrad_unit(const Wgrad* job, int64_t unit, Worker* worker, real* c) no
         if job.a.direct and job.b.direct:
             count = 1
     for index in range(count):
-        first = job.offsets[group] + block_start(size, count, index)
-        last = job.offsets[group] + block_start(size, count, index + 1)
+        first = job.offsets[group * job.chunks] + block_start(size, count, index)
+        last = job.offsets[group * job.chunks] + block_start(size, count, index + 1)
         if first == last:
             break
         block(&job.a, first, <int>(last - first), row, rows, &worker.a, &a_block, &lda)
@@ -215,11 +219,11 @@ cdef void wgrad_unit(const Wgrad* job, int64_t unit, Worker* worker, real* c) no
 
 cdef int rows_wgrad(
     Array a, const int32_t* a_index, Array b, const int32_t* b_index, const int32_t* offsets,
-    int64_t num_groups, Array out, bint accumulate, double scale,
+    int64_t num_groups, Array out, bint accumulate, double scale, int chunks=1,
 ) except -1:
     """out[g] (+)= scale * sum of a[r]^T b[r] over the rows r of group g; out is [num_groups, a's width, b's width].
 
-    out has the dtype of a and b or that of their products.
+    out has the dtype of a and b or that of their products. A group's rows are those of ``chunks`` offsets.
     """
     cdef bint double_precision = a.dtype == FLOAT64
     cdef Wgrad job
@@ -228,6 +232,7 @@ cdef int rows_wgrad(
     job.b = operand(b, b_index, b.dims[1], double_precision)
     job.out = operand(out, NULL, b.dims[1], double_precision)
     job.offsets = offsets
+    job.chunks = chunks
     job.accumulate = accumulate
     job.scale = scale
     cdef int64_t high = min(job.height, <int64_t>WGRAD_SIDE), wide = min(job.out.width, <int64_t>WGRAD_SIDE)

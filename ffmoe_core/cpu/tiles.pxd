@@ -35,4 +35,6 @@ cdef inline int64_t chunk_of(int64_t units, int threads) noexcept nogil:
     return max(1, units // (threads * 8))
 
 
-cdef int64_t cut_rows(const int32_t* offsets, int64_t num_groups, Tile* tiles) noexcept nogil
+cdef int64_t cut_rows(
+    const int32_t* offsets, int64_t num_groups, int chunks, int chunk, Tile* tiles
+) noexcept nogil

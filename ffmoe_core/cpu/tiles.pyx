@@ -22,16 +22,22 @@ cdef Scratch scratch(int64_t nbytes):
     return out
 
 
-cdef int64_t cut_rows(const int32_t* offsets, int64_t num_groups, Tile* tiles) noexcept nogil:
-    """Write the tiles of every group in order; returns how many: at most num_groups + rows / TILE_ROWS."""
-    cdef int64_t group, size, count, index, start, stop, written = 0
+cdef int64_t cut_rows(
+    const int32_t* offsets, int64_t num_groups, int chunks, int chunk, Tile* tiles
+) noexcept nogil:
+    """Write the tiles of every group in order; returns how many: at most num_groups + rows / TILE_ROWS.
+
+    A group's rows come in ``chunks`` runs, one after the other; of those only the chunk-th.
+    """
+    cdef int64_t group, size, count, index, start, stop, first, written = 0
     for group in range(num_groups):
-        size = offsets[group + 1] - offsets[group]
+        first = offsets[group * chunks + chunk]
+        size = offsets[group * chunks + chunk + 1] - first
         count = blocks(size, TILE_ROWS)
         for index in range(count):
             start = block_start(size, count, index)
             stop = block_start(size, count, index + 1)
             if start < stop:
-                tiles[written] = Tile(offsets[group] + start, <int32_t>(stop - start), <int32_t>group)
+                tiles[written] = Tile(first + start, <int32_t>(stop - start), <int32_t>group)
                 written += 1
     return written

@@ -149,7 +149,8 @@ cdef int launch(
 
 
 def grouped_gemm(
-    Space space, Array a, Array b, Array expert_offsets, Array row_index, bint transpose_b, Array out
+    Space space, Array a, Array b, Array expert_offsets, Array row_index, bint transpose_b, Array out,
+    int chunks=1, int chunk=0,
 ):
     cdef int num_groups = <int>b.dims[0], num_rows = <int>out.dims[0]
     cdef int depth = <int>a.dims[1], columns = <int>out.dims[1], column_tiles, vectors
@@ -163,13 +164,13 @@ def grouped_gemm(
         space.device_id,
     )
     if path >= CLUSTER:
-        sm90.grouped_gemm(space, a, b, expert_offsets, row_index, transpose_b, out, path == PACED)
+        sm90.grouped_gemm(space, a, b, expert_offsets, row_index, transpose_b, out, path == PACED, chunks, chunk)
         return
     column_tiles = <int>divided_up(columns, TILE_COLUMNS[path])
     vectors = in_vectors(addresses, depth, columns)
-    cdef Parameter[11] params = [
+    cdef Parameter[13] params = [
         &a.data, &b.data, &expert_offsets.data, &index, &out.data,
-        &num_groups, &num_rows, &depth, &columns, &column_tiles, &vectors,
+        &num_groups, &num_rows, &chunks, &chunk, &depth, &columns, &column_tiles, &vectors,
     ]
     launch(
         space, path, "grouped_gemm", _gemm[path, a.dtype, transpose_b], tiles_down * column_tiles, 1, params
@@ -178,7 +179,7 @@ def grouped_gemm(
 
 def grouped_gemm_wgrad(
     Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out,
-    bint accumulate, double scale=1.0,
+    bint accumulate, double scale=1.0, int chunks=1,
 ):
     cdef int a_columns = <int>out.dims[1], b_columns = <int>out.dims[2], row_tiles, column_tiles, vectors
     cdef int64_t num_groups = out.dims[0]
@@ -191,14 +192,14 @@ def grouped_gemm_wgrad(
         left != 0 and right != 0,
     )
     if path >= CLUSTER:
-        sm90.grouped_gemm_wgrad(space, a, b, expert_offsets, a_index, b_index, out, accumulate, scale)
+        sm90.grouped_gemm_wgrad(space, a, b, expert_offsets, a_index, b_index, out, accumulate, scale, chunks)
         return
     row_tiles = <int>divided_up(a_columns, TILE_ROWS)
     column_tiles = <int>divided_up(b_columns, TILE_COLUMNS[path])
     vectors = in_vectors(addresses, a_columns, b_columns)
-    cdef Parameter[12] params = [
+    cdef Parameter[13] params = [
         &a.data, &b.data, &expert_offsets.data, &left, &right, &out.data,
-        &a_columns, &b_columns, &row_tiles, &column_tiles, &scale, &vectors,
+        &chunks, &a_columns, &b_columns, &row_tiles, &column_tiles, &scale, &vectors,
     ]
     launch(
         space, path, "grouped_gemm_wgrad", _wgrad[path, a.dtype, out.dtype, accumulate],
@@ -207,7 +208,8 @@ def grouped_gemm_wgrad(
 
 
 def grouped_glu(
-    Space space, Array x, Array w_up, Array expert_offsets, Array row_index, str activation, Array z, Array a
+    Space space, Array x, Array w_up, Array expert_offsets, Array row_index, str activation, Array z, Array a,
+    int chunks=1, int chunk=0,
 ):
     cdef int num_groups = <int>w_up.dims[0], num_rows = <int>a.dims[0]
     cdef int depth = <int>x.dims[1], intermediate = <int>a.dims[1], column_tiles, vectors
@@ -220,13 +222,13 @@ def grouped_glu(
         return
     path = path_of("glu", x.dtype, addresses, num_groups, num_rows, depth, intermediate, space.device_id)
     if path >= CLUSTER:
-        sm90.grouped_glu(space, x, w_up, expert_offsets, row_index, act, z, a, path == PACED)
+        sm90.grouped_glu(space, x, w_up, expert_offsets, row_index, act, z, a, path == PACED, chunks, chunk)
         return
     column_tiles = <int>divided_up(2 * <int64_t>intermediate, TILE_COLUMNS[path])
     vectors = in_vectors(addresses, depth, intermediate)
-    cdef Parameter[13] params = [
+    cdef Parameter[15] params = [
         &x.data, &w_up.data, &expert_offsets.data, &index, &kept, &a.data,
-        &num_groups, &num_rows, &depth, &intermediate, &column_tiles, &vectors, &act,
+        &num_groups, &num_rows, &chunks, &chunk, &depth, &intermediate, &column_tiles, &vectors, &act,
     ]
     launch(
         space, path, "grouped_glu", _glu[path, x.dtype, act],
@@ -236,7 +238,7 @@ def grouped_glu(
 
 def grouped_glu_backward(
     Space space, Array dout, Array w_down, Array expert_offsets, Array row_index, Array row_weights,
-    Array z, str activation, Array dz, Array pa, Array dp_rows,
+    Array z, str activation, Array dz, Array pa, Array dp_rows, int chunks=1, int chunk=0,
 ):
     cdef int num_groups = <int>w_down.dims[0], num_rows = <int>pa.dims[0]
     cdef int depth = <int>dout.dims[1], intermediate = <int>pa.dims[1], column_tiles, vectors
@@ -254,17 +256,18 @@ def grouped_glu_backward(
     # so many columns have their part of a row's dot product; the parts are added in order
     count = <int>divided_up(intermediate, sm90.PART_COLUMNS if path >= CLUSTER else PART_COLUMNS)
     cdef Array parts = dp_rows if count == 1 else space.empty((count, num_rows), dp_rows.dtype)
-    cdef Parameter[16] params
+    cdef Parameter[18] params
     if path >= CLUSTER:
         sm90.grouped_glu_backward(
-            space, dout, w_down, expert_offsets, row_index, row_weights, z, act, dz, pa, parts, path == PACED
+            space, dout, w_down, expert_offsets, row_index, row_weights, z, act, dz, pa, parts, path == PACED,
+            chunks, chunk,
         )
     else:
         column_tiles = <int>divided_up(intermediate, TILE_COLUMNS[path])
         vectors = in_vectors(addresses, depth, intermediate)
         params = [
             &dout.data, &w_down.data, &expert_offsets.data, &index, &row_weights.data, &z.data, &dz.data,
-            &pa.data, &parts.data, &num_groups, &num_rows, &depth, &intermediate, &column_tiles, &vectors, &act,
+            &pa.data, &parts.data, &num_groups, &num_rows, &chunks, &chunk, &depth, &intermediate, &column_tiles, &vectors, &act,
         ]
         launch(
             space, path, "grouped_glu_backward", _glu_backward[path, dout.dtype, act],

@@ -21,7 +21,7 @@ cdef enum:
     # the stages, the spare buffers, then struct Shared: barriers, rows and the list of tiles
     STAGES_BYTES = STAGES * (OWN + SHARED) * DEPTH * 2
     BUFFERS_BYTES = 2 * 64 * 64 * 2
-    SHARED_BYTES = STAGES_BYTES + BUFFERS_BYTES + STAGES * (2 * 8 + DEPTH * 4) + 2 * (MOST_GROUPS + 2) * 4
+    SHARED_BYTES = STAGES_BYTES + BUFFERS_BYTES + STAGES * (2 * 8 + DEPTH * 4) + (3 * MOST_GROUPS + 4) * 4
 
 cdef tuple TYPES = (<int>BFLOAT16, <int>FLOAT16)
 
@@ -119,7 +119,7 @@ cdef int launch(Space space, str entry, tuple defines, void** params, uintptr_t 
 
 cdef int grouped_gemm(
     Space space, Array a, Array b, Array expert_offsets, Array row_index, bint transpose_b, Array out,
-    bint paced,
+    bint paced, int chunks, int chunk,
 ) except -1:
     cdef int num_groups = <int>b.dims[0], num_rows = <int>out.dims[0]
     cdef int depth = <int>a.dims[1], columns = <int>out.dims[1], column_tiles = divided_up(columns, SHARED)
@@ -131,16 +131,16 @@ cdef int grouped_gemm(
     map_matrices(&b_map, b, num_groups, b.dims[1], b.dims[2], SHARED // 2 if transpose_b else DEPTH)
     cdef Array counter = counter_for_pace(space, paced)
     cdef uintptr_t due = address(counter)
-    cdef Parameter[13] params = [
+    cdef Parameter[15] params = [
         &a.data, a_map.at, b_map.at, out_map.at, &expert_offsets.data, &index, &out.data,
-        &num_groups, &num_rows, &depth, &columns, &column_tiles, &due,
+        &num_groups, &num_rows, &chunks, &chunk, &depth, &columns, &column_tiles, &due,
     ]
     return launch(space, "grouped_gemm", _gemm[a.dtype, gather, transpose_b], params, due)
 
 
 cdef int grouped_gemm_wgrad(
     Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out,
-    bint accumulate, double scale,
+    bint accumulate, double scale, int chunks=1,
 ) except -1:
     cdef int num_groups = <int>out.dims[0], a_columns = <int>out.dims[1], b_columns = <int>out.dims[2]
     cdef bint share_a = b_index is not None, gather = share_a or a_index is not None
@@ -152,9 +152,9 @@ cdef int grouped_gemm_wgrad(
     out_map.at = a_map.at  # float32 and sums are not stored by the copy engine
     if out.dtype == a.dtype and not accumulate:
         map_matrices(&out_map, out, num_groups, a_columns, b_columns, STORED)
-    cdef Parameter[14] params = [
+    cdef Parameter[15] params = [
         &a.data, a_map.at, &b.data, b_map.at, out_map.at, &expert_offsets.data, &index, &out.data,
-        &num_groups, &a_columns, &b_columns, &row_tiles, &column_tiles, &scale,
+        &num_groups, &chunks, &a_columns, &b_columns, &row_tiles, &column_tiles, &scale,
     ]
     return launch(
         space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params, 0
@@ -163,7 +163,7 @@ cdef int grouped_gemm_wgrad(
 
 cdef int grouped_glu(
     Space space, Array x, Array w_up, Array expert_offsets, Array row_index, int act, Array z, Array a,
-    bint paced,
+    bint paced, int chunks, int chunk,
 ) except -1:
     cdef int num_groups = <int>w_up.dims[0], num_rows = <int>a.dims[0], depth = <int>x.dims[1]
     cdef int intermediate = <int>a.dims[1], column_tiles = divided_up(intermediate, SHARED // 2)
@@ -178,16 +178,17 @@ cdef int grouped_glu(
         map_halves(&z_map, z, num_rows, intermediate, STORED)
     cdef Array counter = counter_for_pace(space, paced)
     cdef uintptr_t due = address(counter)
-    cdef Parameter[15] params = [
+    cdef Parameter[17] params = [
         &x.data, x_map.at, w_map.at, z_map.at, a_map.at, &expert_offsets.data, &index, &kept, &a.data,
-        &num_groups, &num_rows, &depth, &intermediate, &column_tiles, &due,
+        &num_groups, &num_rows, &chunks, &chunk, &depth, &intermediate, &column_tiles, &due,
     ]
     return launch(space, "grouped_glu", _glu[x.dtype, gather, act], params, due)
 
 
 cdef int grouped_glu_backward(
     Space space, Array dout, Array w_down, Array expert_offsets, Array row_index, Array row_weights,
-    Array z, int act, Array dz, Array pa, Array parts, bint paced
+    Array z, int act, Array dz, Array pa, Array parts,
+    bint paced, int chunks, int chunk,
 ) except -1:
     cdef int num_groups = <int>w_down.dims[0], num_rows = <int>pa.dims[0], depth = <int>dout.dims[1]
     cdef int intermediate = <int>pa.dims[1], column_tiles = divided_up(intermediate, PART_COLUMNS)
@@ -201,9 +202,9 @@ cdef int grouped_glu_backward(
     map_matrices(&pa_map, pa, 1, num_rows, intermediate, STORED)
     cdef Array counter = counter_for_pace(space, paced)
     cdef uintptr_t due = address(counter)
-    cdef Parameter[18] params = [
+    cdef Parameter[20] params = [
         &dout.data, dout_map.at, w_map.at, z_map.at, dz_map.at, pa_map.at, &expert_offsets.data, &index,
-        &row_weights.data, &dz.data, &pa.data, &parts.data, &num_groups, &num_rows, &depth, &intermediate,
+        &row_weights.data, &dz.data, &pa.data, &parts.data, &num_groups, &num_rows, &chunks, &chunk, &depth, &intermediate,
         &column_tiles, &due,
     ]
     return launch(space, "grouped_glu_backward", _glu_backward[dout.dtype, gather, act], params, due)

@@ -1,14 +1,14 @@
 // Which tile of which group a block works on, from the group offsets on the device.
 #pragma once
 
+#include "group_rows.cuh"
 #include "tile.cuh"
 #include "types.cuh"
 
-// The index-th tile over groups whose rows are offsets[g]..offsets[g+1]; then over the rows that follow the
-// last group, up to num_rows. To be called by all threads of the block; costs a pass of a warp over the
-// offsets.
+// The index-th tile over the groups' rows (group_rows.cuh). To be called by all threads of the block; costs a pass of
+// a warp over the offsets.
 template <int ROWS>
-__device__ Tile find_tile(int index, const int* offsets, int num_groups, int num_rows, int column_tiles) {
+__device__ Tile find_tile(int index, const GroupRows& rows, int num_groups, int column_tiles) {
     constexpr int PER_LANE = 8;
     struct Found {
         int group, first, last;  // the group and its rows
@@ -22,13 +22,15 @@ __device__ Tile find_tile(int index, const int* offsets, int num_groups, int num
         int before = 0;
         for (int base = 0; base <= num_groups && before <= ordinal; base += 32 * PER_LANE) {
             const int group = base + lane * PER_LANE;
-            int starts[PER_LANE + 1], tiles[PER_LANE], through = 0;
-#pragma unroll
-            for (int i = 0; i <= PER_LANE; ++i)
-                starts[i] = group + i <= num_groups ? offsets[group + i] : num_rows;
+            int starts[PER_LANE], ends[PER_LANE], tiles[PER_LANE], through = 0;
 #pragma unroll
             for (int i = 0; i < PER_LANE; ++i) {
-                tiles[i] = int((uint32(starts[i + 1] - starts[i]) + ROWS - 1) / ROWS);
+                starts[i] = rows.begin(min(group + i, num_groups), num_groups);
+                ends[i] = group + i <= num_groups ? rows.end(group + i, num_groups) : starts[i];
+            }
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) {
+                tiles[i] = int((uint32(ends[i] - starts[i]) + ROWS - 1) / ROWS);
                 through += tiles[i];
             }
             const int mine = through;
@@ -40,7 +42,7 @@ __device__ Tile find_tile(int index, const int* offsets, int num_groups, int num
 #pragma unroll
             for (int i = 0; i < PER_LANE; ++i) {
                 if (ordinal >= at && ordinal < at + tiles[i])
-                    shared_found = {group + i, starts[i], starts[i + 1], at};
+                    shared_found = {group + i, starts[i], ends[i], at};
                 at += tiles[i];
             }
             before += __shfl_sync(0xffffffffu, through, 31);

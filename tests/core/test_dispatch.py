@@ -1,5 +1,7 @@
 """The stages that say which token goes to which rank, and the losses of sums over ranks."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,12 +31,13 @@ def random_pairs(rng, num_tokens, top_k, num_experts):
     spare=st.integers(0, 9),
     num_ranks=st.integers(1, 9),
     capacity=st.sampled_from([None, 1, 5]),
+    chunks=st.sampled_from([1, 1, 2, 3, 8]),
     dtype=st.sampled_from(["float32", "float64"]),
     seed=st.integers(0, 99),
 )
-def test_what_goes_where(kind, num_tokens, top_k, spare, num_ranks, capacity, dtype, seed):
+def test_what_goes_where(kind, num_tokens, top_k, spare, num_ranks, capacity, chunks, dtype, seed):
     rng = np.random.default_rng(seed)
-    T, K, P, E = num_tokens, top_k, num_ranks, max(top_k, num_ranks) + spare
+    T, K, P, C, E = num_tokens, top_k, num_ranks, chunks, max(top_k, num_ranks) + spare
     D, S = min(P, K), min(K, -(-E // P))
     idx, weights = random_pairs(rng, T, K, E)
     idx_, weights_ = kind.array(idx, "int32"), kind.array(weights, dtype)
@@ -43,30 +46,31 @@ def test_what_goes_where(kind, num_tokens, top_k, spare, num_ranks, capacity, dt
     home = home_of(E, P)
 
     ranks = kind.full((T, D), 77, "int32")
-    call_stage(kind, "dispatch_ranks", idx_, plan.token_rows, E, P, ranks)
-    wanted = [list(dict.fromkeys(home[e][0] for e in idx[t][kept[t]])) for t in range(T)]
+    call_stage(kind, "dispatch_ranks", idx_, plan.token_rows, E, P, ranks, C)
+    chunk_of = [chunk for chunk in range(C) for _ in range(T * chunk // C, T * (chunk + 1) // C)]
+    wanted = [list(dict.fromkeys(chunk_of[t] * P + home[e][0] for e in idx[t][kept[t]])) for t in range(T)]
     assert numbers(kind, ranks).tolist() == [mine + [-1] * (D - len(mine)) for mine in wanted]
 
-    sending = make_plan(ranks, kind.full((T, D), 0, dtype), P)
+    sending = make_plan(ranks, kind.full((T, D), 0, dtype), C * P)
     slot_experts, slot_weights = kind.full((T * D, S), 77, "int32"), kind.full((T * D, S), np.nan, dtype)
-    pair_slots, counts = kind.full((T, K), 77, "int32"), kind.full((P, 2), 77, "int32")
+    pair_slots, counts = kind.full((T, K), 77, "int32"), kind.full((P, C + 1), 77, "int32")
     call_stage(
         kind, "dispatch_slots", idx_, weights_, plan.token_rows, plan.expert_offsets, ranks, sending.token_rows,
-        sending.expert_offsets, slot_experts, slot_weights, pair_slots, counts,
+        sending.expert_offsets, slot_experts, slot_weights, pair_slots, counts, C,
     )  # fmt: skip
     want_experts, want_weights = np.full((T * D, S), -1), np.zeros((T * D, S))
-    want_slots, want_counts = np.full((T, K), -1), np.zeros((P, 2), np.int64)
+    want_slots, want_counts = np.full((T, K), -1), np.zeros((P, C + 1), np.int64)
     row = 0
-    for rank in range(P):
-        for t in range(T):
-            mine = [k for k in range(K) if kept[t, k] and home[idx[t, k]][0] == rank]
-            if not mine:
-                continue
-            for s, k in enumerate(mine):
-                want_experts[row, s], want_weights[row, s] = home[idx[t, k]][1], weights[t, k]
-                want_slots[t, k] = row * S + s
-            want_counts[rank] += (1, len(mine))
-            row += 1
+    for chunk, rank, t in itertools.product(range(C), range(P), range(T)):
+        mine = [k for k in range(K) if kept[t, k] and home[idx[t, k]][0] == rank]
+        if not mine or chunk_of[t] != chunk:
+            continue
+        for s, k in enumerate(mine):
+            want_experts[row, s], want_weights[row, s] = home[idx[t, k]][1] * C + chunk, weights[t, k]
+            want_slots[t, k] = row * S + s
+        want_counts[rank, chunk] += 1
+        want_counts[rank, C] += len(mine)
+        row += 1
     assert numbers(kind, slot_experts).tolist() == want_experts.tolist()
     assert bits(kind, slot_weights) == bits(kind, kind.array(want_weights, dtype))
     assert numbers(kind, pair_slots).tolist() == want_slots.tolist()

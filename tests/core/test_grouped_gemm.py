@@ -16,6 +16,7 @@ from tests.support import (
     CupyKind,
     NumpyKind,
     assert_close,
+    bits,
     numbers,
     rounded,
     router_dtype,
@@ -212,6 +213,52 @@ def test_wgrad_of_more_than_one_tile(kind, rows, left, right, dtype):
     for e in range(3):
         mine = slice(offsets[e], offsets[e + 1])
         assert (got[e] == rounded(a[mine].T @ b[mine], dtype)).all()
+
+
+CHUNKS = 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inner", "columns"), [(136, 72), (33, 5)])
+def test_groups_in_chunks(kind, inner, columns, dtype):
+    """Each call does its own chunk's rows, and leaves all others alone: NaN before. The gradient is of all chunks."""
+    rng = np.random.default_rng(4)
+    sizes = np.array([[5, 0, 130], [0, 0, 0], [1, 300, 7], [64, 2, 0]])  # by group and chunk
+    offsets = np.cumsum([0, *sizes.flat])
+    rows, chunk_of_row = offsets[-1] + 4, np.append(np.repeat(np.arange(sizes.size) % CHUNKS, sizes.flat), [-1] * 4)
+    index = rng.integers(0, 60, rows)
+    x, w = whole_numbers(rng, 60, inner), whole_numbers(rng, 4, 2 * columns, inner)
+    g, w_down, weights = whole_numbers(rng, 60, inner), whole_numbers(rng, 4, inner, columns), rng.random(rows)
+    where, whole = kind.array(offsets, "int32"), kind.array(offsets[::CHUNKS].copy(), "int32")
+    picks, p = kind.array(index, "int32"), kind.array(weights, router_dtype(dtype))
+    x_array, w_array, g_array, down = (kind.array(v, dtype) for v in (x, w, g, w_down))
+
+    def products(where, *chunks):
+        """Every product of rows, with outputs that are NaN before."""
+        product, z, dz = (kind.full((rows, 2 * columns), np.nan, dtype) for _ in range(3))
+        back, a, pa = (kind.full((rows, width), np.nan, dtype) for width in (inner, columns, columns))
+        dp = kind.full((rows,), np.nan, router_dtype(dtype))
+        z_given = kind.array(whole_numbers(np.random.default_rng(6), rows, 2 * columns), dtype)
+        call_stage(kind, "grouped_gemm", x_array, w_array, where, picks, True, product, *chunks)
+        call_stage(kind, "grouped_gemm", z_given, w_array, where, None, False, back, *chunks)
+        call_stage(kind, "grouped_glu", x_array, w_array, where, picks, "swiglu", z, a, *chunks)
+        call_stage(
+            kind, "grouped_glu_backward", g_array, down, where, picks, p, z_given, "swiglu", dz, pa, dp, *chunks
+        )
+        return [numbers(kind, out) for out in (product, back, z, a, dz, pa, dp)]
+
+    wanted = products(whole)
+    for chunk in range(CHUNKS):
+        mine = chunk_of_row == chunk
+        for got, want in zip(products(where, CHUNKS, chunk), wanted, strict=True):
+            assert_close(got[mine], want[mine], dtype, "rows of the chunk")
+            if got.ndim > 1:  # dp may be written anywhere: each chunk has one of its own
+                assert np.isnan(got[~mine]).all()
+    z_given = kind.array(whole_numbers(rng, rows, 2 * columns), dtype)
+    gradients = [kind.full((4, 2 * columns, inner), np.nan, dtype) for _ in range(2)]
+    call_stage(kind, "grouped_gemm_wgrad", z_given, x_array, whole, None, picks, gradients[0], False)
+    call_stage(kind, "grouped_gemm_wgrad", z_given, x_array, where, None, picks, gradients[1], False, 1.0, CHUNKS)
+    assert bits(kind, gradients[0]) == bits(kind, gradients[1])
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

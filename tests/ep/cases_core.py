@@ -56,9 +56,9 @@ def on_host(kind, parts):
     return type(parts)(*(kind.host(part) if kind.is_kind(part) else part for part in parts))
 
 
-def run_group(comm, config, layer, inputs=(), loss_scope="group", save=True, sums=None):
+def run_group(comm, config, layer, inputs=(), loss_scope="group", save=True, sums=None, ep_chunks=1):
     """This rank's part of the layer, from and to NumPy: (the ExpertParallel, result, gradients)."""
-    ep = ExpertParallel(comm, config, layer="layer 0", loss_scope=loss_scope)
+    ep = ExpertParallel(comm, config, layer="layer 0", loss_scope=loss_scope, ep_chunks=ep_chunks)
     cut, own, kind = layer.cuts[comm.rank], slice(ep.experts.start, ep.experts.stop), kind_of(comm)
 
     def array(values):
@@ -93,13 +93,15 @@ def summed(comm, array):
     return sum(np.frombuffer(bytes.fromhex(text)).reshape(array.shape) for text in texts)
 
 
-def check_group(comm, config, tokens, dtype="float64", *, inputs=(), loss_scope="group", seed=0, layer=None):
+def check_group(
+    comm, config, tokens, dtype="float64", *, inputs=(), loss_scope="group", seed=0, layer=None, ep_chunks=1
+):
     """Output, losses and every gradient of this rank are those of one process."""
     layer = layer or group_layer(config, tokens, dtype, seed=seed)
     W, rank = router_dtype(dtype), comm.rank
     want = single_process(layer, config, inputs, loss_scope, dtype)
     before = dict(comm.sent_bytes)
-    ep, result, grads = run_group(comm, config, layer, inputs, loss_scope)
+    ep, result, grads = run_group(comm, config, layer, inputs, loss_scope, ep_chunks=ep_chunks)
     sent = {step: count - before.get(step, 0) for step, count in comm.sent_bytes.items()}
     own = slice(ep.experts.start, ep.experts.stop)
     pairs = sum(tokens) * config.top_k
@@ -132,12 +134,14 @@ def check_sizes(comm, config, want, layer, sent, dispatched):
         ranks = [{home[e] for e in idx[t][kept[t]]} for t in range(len(idx))]
         goes.append([sum(rank in mine for mine in ranks) for rank in range(comm.size)])
     me, others = comm.rank, [rank for rank in range(comm.size) if rank != comm.rank]
-    assert list(dispatched.sizes.sent) == goes[me]
-    assert list(dispatched.sizes.received) == [row[me] for row in goes]
+    sizes = (np.reshape(size, (-1, comm.size)) for size in (dispatched.sizes.sent, dispatched.sizes.received))
+    sent_by_chunk, received_by_chunk = sizes
+    assert sent_by_chunk.sum(0).tolist() == goes[me]
+    assert received_by_chunk.sum(0).tolist() == [row[me] for row in goes]
     out, back = sum(goes[me][r] for r in others), sum(goes[r][me] for r in others)
     slots = min(config.top_k, -(-config.num_experts // comm.size))
     width, number = layer.x.itemsize * config.d_model, layer.grad_losses.itemsize
-    assert sent["counts"] == 8 * len(others)
+    assert sent["counts"] == 4 * (len(sent_by_chunk) + 1) * len(others)
     assert sent["dispatch"] == out * (width + slots * (4 + number))
     assert sent["combine"] == back * width
     assert sent["combine backward"] == out * width
@@ -155,7 +159,7 @@ def case(name):
     return register
 
 
-def workload(name, tokens, dtype="float64", favoured=None, **options):
+def workload(name, tokens, dtype="float64", favoured=None, ep_chunks=1, **options):
     """``favoured(ranks)`` are the experts that the bias sends every token to first."""
 
     def run(comm):
@@ -165,7 +169,7 @@ def workload(name, tokens, dtype="float64", favoured=None, **options):
         if favoured is not None:
             layer.expert_bias[list(favoured(comm.size))] += 10
         inputs = () if favoured is None else ("expert_bias",)
-        check_group(comm, config, counts, dtype, inputs=inputs, layer=layer)
+        check_group(comm, config, counts, dtype, inputs=inputs, layer=layer, ep_chunks=ep_chunks)
 
     CASES[f"{name}, {dtype}"] = run
 
@@ -204,6 +208,17 @@ for _dtype in ("float64", "float32"):
     workload("many tokens", lambda ranks: [300] * ranks, _dtype)
 
 
+for _chunks, _dtype in ((2, "float64"), (3, "float32"), (4, "bfloat16")):
+    workload(f"{_chunks} chunks", lambda n: [16 + 5 * r for r in range(n)], _dtype, ep_chunks=_chunks)
+workload("2 chunks, recomputed", uneven, "float32", ep_chunks=2, recompute_activations=True)
+workload("2 chunks, dropped", uneven, ep_chunks=2, capacity_factor=0.75)
+workload("3 chunks, one hot expert", lambda n: [9] * n, favoured=lambda n: [3], ep_chunks=3)
+workload("3 chunks, a rank without tokens", lambda n: [0, *[9] * (n - 1)], ep_chunks=3)
+workload("2 chunks, no tokens at all", lambda n: [0] * n, ep_chunks=2)
+workload("3 chunks, one token in all", lambda n: [0] * (n - 1) + [1], ep_chunks=3)
+workload("3 chunks, many tokens", lambda n: [300] * n, "bfloat16", ep_chunks=3)
+
+
 @case("stress")
 def stress(comm):
     """Random configurations, the same on every rank."""
@@ -228,11 +243,14 @@ def stress(comm):
         )
         tokens = [int(count) for count in rng.choice([0, 1, 2, 5, 17], comm.size)]
         inputs = tuple(name for names in INPUTS.values() for name in names if rng.random() < 0.15)
-        scope = str(rng.choice(["group", "local"]))
+        scope, chunks = str(rng.choice(["group", "local"])), int(rng.choice([1, 1, 2, 3]))
         try:
-            check_group(comm, config, tokens, inputs=inputs, loss_scope=scope, seed=seed)
+            check_group(
+                comm, config, tokens, inputs=inputs, loss_scope=scope, seed=seed, ep_chunks=chunks
+            )
         except Exception as error:
-            raise AssertionError(f"seed {seed}: {config}, tokens {tokens}, {inputs}, {scope}") from error
+            what = f"{config}, tokens {tokens}, {inputs}, {scope}, {chunks} chunks"
+            raise AssertionError(f"seed {seed}: {what}") from error
 
 
 @case("steps of an optimizer")
@@ -257,11 +275,13 @@ def steps(comm):
 @case("the same bits every time")
 def repeatable(comm):
     layer = group_layer(BASE, uneven(comm.size), "float32")
-    runs = []
-    for _ in range(3):
-        _, result, grads = run_group(comm, BASE, layer)
-        runs.append([part.tobytes() for part in (result.output, result.losses, *grads) if part is not None])
-    assert runs[0] == runs[1] == runs[2]
+    for chunks in (1, 2):
+        runs = []
+        for _ in range(3):
+            _, result, grads = run_group(comm, BASE, layer, ep_chunks=chunks)
+            parts = (result.output, result.losses, *grads)
+            runs.append([part.tobytes() for part in parts if part is not None])
+        assert runs[0] == runs[1] == runs[2]
 
 
 @case("one rank has the bits of no group at all")
@@ -274,11 +294,11 @@ def alone(comm):
 
 @case("weight gradients added to sums")
 def weight_sums(comm):
-    for dtype in ("float32", "float64"):
+    for dtype, chunks in (("float32", 1), ("float64", 1), ("float64", 2)):
         layer = group_layer(BASE, uneven(comm.size), dtype)
         _, _, plain = run_group(comm, BASE, layer)
         sums = {"w_up_grad": np.full_like(plain.w_up, 0.5), "w_down_grad": np.full_like(plain.w_down, 0.5)}
-        _, _, added = run_group(comm, BASE, layer, sums=sums)
+        _, _, added = run_group(comm, BASE, layer, sums=sums, ep_chunks=chunks)
         for got, want in ((added.w_up, plain.w_up), (added.w_down, plain.w_down)):
             assert want.any()
             assert_close(got.astype(np.float64), want.astype(np.float64) + 0.5, dtype, "sums")
@@ -287,12 +307,13 @@ def weight_sums(comm):
 @case("nothing kept for backward")
 def inference(comm):
     layer = group_layer(BASE, uneven(comm.size), "float32")
-    _, kept, grads = run_group(comm, BASE, layer)
-    _, result, others = run_group(comm, BASE, layer, save=False)
-    assert kept.z is not None
-    assert result.z is None
-    assert result.output.tobytes() == kept.output.tobytes()
-    assert grads.w_up.tobytes() == others.w_up.tobytes()
+    for chunks in (1, 2):
+        _, kept, grads = run_group(comm, BASE, layer, ep_chunks=chunks)
+        _, result, others = run_group(comm, BASE, layer, save=False, ep_chunks=chunks)
+        assert kept.z is not None
+        assert result.z is None
+        assert result.output.tobytes() == kept.output.tobytes()
+        assert grads.w_up.tobytes() == others.w_up.tobytes()
 
 
 @case("configurations that differ")
@@ -316,6 +337,32 @@ def wrong_option(comm):
     else:
         with pytest.raises(ConfigError, match="do not agree on loss_scope"):
             ExpertParallel(comm, BASE, loss_scope=scope)
+
+
+@case("wrong chunks")
+def wrong_chunks(comm):
+    for chunks in (0, -1, 2.0, True, "2", None):
+        with pytest.raises(ConfigError, match="ep_chunks="):
+            ExpertParallel(comm, BASE, ep_chunks=chunks)
+    most = 1024 // max(comm.size, -(-BASE.num_experts // comm.size))
+    ExpertParallel(comm, BASE, ep_chunks=most)
+    with pytest.raises(ConfigError, match=f"ep_chunks={most + 1} is too many .*at most {most}"):
+        ExpertParallel(comm, BASE, ep_chunks=most + 1)
+    if comm.size > 1:
+        with pytest.raises(ConfigError, match="do not agree on ep_chunks"):
+            ExpertParallel(comm, BASE, ep_chunks=1 + comm.rank)
+
+
+@case("with chunks what the experts return is on its way home")
+def other_rows(comm):
+    group = MpiCommunicator(timeout=10)  # which will be of no more use
+    layer = ExpertParallel(group, BASE, ep_chunks=2)
+    weights = group_layer(BASE, [5] * comm.size, "float32")
+    own = slice(layer.experts.start, layer.experts.stop)
+    dispatched = layer.dispatch(weights.x[weights.cuts[comm.rank]], weights.gate_weight)
+    rows, _ = layer.run_experts(dispatched.received, dispatched, weights.w_up[own], weights.w_down[own])
+    with pytest.raises((ConfigError, CommError), match="ep_chunks=2: rows are on their way home"):
+        layer.combine(2 * rows, dispatched)
 
 
 @case("dtypes that differ")
