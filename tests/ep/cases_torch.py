@@ -97,9 +97,9 @@ def averaged(comm, tensor):
     return (sum(parts) / comm.size).reshape(tensor.shape)
 
 
-def check_layer(comm, backend, counts, dtype=torch.float64, **options):
+def check_layer(comm, backend, counts, dtype=torch.float64, ep_chunks=1, **options):
     whole, layer = make_layer(dtype, **options), make_layer(dtype, **options)
-    layer.shard_experts(group_of(comm, backend), backend)
+    layer.shard_experts(group_of(comm, backend), backend, ep_chunks=ep_chunks)
     x, grad, cuts = make_tokens(counts, dtype)
     cut, own = cuts[comm.rank], expert_range(7, comm.size, comm.rank)
     mine = x[cut].clone().requires_grad_()
@@ -154,6 +154,14 @@ for _backend in ("mpi", "torch"):
             check_layer(comm, backend, counts(comm.size), latent_dim=9)
 
         CASES[f"{_name}, {_backend}"] = _run
+
+    for _chunks, _name in ((3, "plain"), (2, "shared"), (2, "recompute"), (2, "expert bias")):
+
+        def _run(comm, backend=_backend, chunks=_chunks, options=OPTIONS[_name]):
+            counts = [0, *[5 + 4 * rank for rank in range(1, comm.size)]] if comm.size > 1 else [7]
+            check_layer(comm, backend, counts, ep_chunks=chunks, **options)
+
+        CASES[f"{_name}, {_chunks} chunks, {_backend}"] = _run
 
     def _run(comm, backend=_backend):
         check_layer(comm, backend, [9] * comm.size, torch.float32)
@@ -439,9 +447,14 @@ def without_gradients(comm):
 
 @case
 def autocast_and_activation_checkpointing(comm):
+    for chunks in (1, 2):
+        check_checkpointing(comm, chunks)
+
+
+def check_checkpointing(comm, chunks):
     layer, plain = make_layer(torch.float32), make_layer(torch.float32)
-    layer.shard_experts(MPI.COMM_WORLD, "mpi")
-    plain.shard_experts(MPI.COMM_WORLD, "mpi")
+    layer.shard_experts(MPI.COMM_WORLD, "mpi", ep_chunks=chunks)
+    plain.shard_experts(MPI.COMM_WORLD, "mpi", ep_chunks=chunks)
     x, _, cuts = make_tokens([4] * comm.size, torch.float32)
     results = []
     for call in (lambda t: checkpoint(layer, t, use_reentrant=False), plain):
@@ -679,10 +692,44 @@ def broken(comm):
 
 
 @case
+def chunks_in_several_backward_passes(comm):
+    """A graph that is kept gives the same gradients again; the losses' alone needs no rows; nothing is left under way."""
+    layer, plain = make_layer(main_grad=True), make_layer()
+    for one, chunks in ((layer, 3), (plain, 1)):
+        one.shard_experts(MPI.COMM_WORLD, "mpi", ep_chunks=chunks)
+    with_sums(layer, 0.0)
+    x, _, cuts = make_tokens([5] * comm.size)
+    gradients = []
+    for one in (layer, plain):
+        leaf = x[cuts[comm.rank]].clone().requires_grad_()
+        output, losses = one(leaf)
+        for _ in range(2):
+            output.square().sum().backward(retain_graph=True)
+            losses["aux_loss"].backward(retain_graph=True)
+        gradients.append((leaf.grad, one.gate.weight.grad))
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want)
+    for weight, other in zip(layer.expert_params, plain.expert_params, strict=True):
+        torch.testing.assert_close(weight.main_grad, other.grad)
+    assert not layer._sharded.comm._underway
+
+
+@case
+def chunks_with_projections(comm):
+    with pytest.raises(ConfigError, match="ep_chunks=2 with latent_dim=9"):
+        make_layer(latent_dim=9).shard_experts(MPI.COMM_WORLD, "mpi", ep_chunks=2)
+
+
+@case
 def memory_is_let_go(comm):
     """Backward frees what forward kept, as torch's own operations do."""
+    for chunks in (1, 2):
+        check_memory(comm, chunks)
+
+
+def check_memory(comm, chunks):
     layer = make_layer(torch.float32)
-    layer.shard_experts(MPI.COMM_WORLD, "mpi")
+    layer.shard_experts(MPI.COMM_WORLD, "mpi", ep_chunks=chunks)
     x, _, cuts = make_tokens([4] * comm.size, torch.float32)
     output, losses = layer(x[cuts[comm.rank]])
     total = output.sum() + sum(losses.values())
