@@ -6,6 +6,7 @@
 Shapes are those of a rank: T tokens each. bfloat16 on GPUs, float32 on CPUs. Contenders:
 
     ffmoe         MoELayer with shard_experts
+    2 chunks      the same with ep_chunks=2, and 4 chunks with 4
     + shared      the same with one shared expert
     shared alone  that shared expert by itself
     peer          all_to_all_single of every (token, expert) row, torch._grouped_mm over sorted rows, and back
@@ -120,11 +121,13 @@ def contenders(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[s
     torch.manual_seed(0)
     layers = {
         "ffmoe": MoELayer(H, 2 * I, E, K, device=device, dtype=dtype),
+        "2 chunks": MoELayer(H, 2 * I, E, K, device=device, dtype=dtype),
+        "4 chunks": MoELayer(H, 2 * I, E, K, device=device, dtype=dtype),
         "+ shared": MoELayer(H, 2 * I, E, K, num_shared_experts=1, device=device, dtype=dtype),
         "alone": MoELayer(H, 2 * I, E // ranks, K, device=device, dtype=dtype),
     }
-    for name in ("ffmoe", "+ shared"):
-        layers[name].shard_experts()
+    for name, chunks in (("ffmoe", 1), ("2 chunks", 2), ("4 chunks", 4), ("+ shared", 1)):
+        layers[name].shard_experts(ep_chunks=chunks)
     for layer in layers.values():
         torch.nn.init.normal_(layer.gate.weight, std=H**-0.5)  # a router without favourites
     torch.manual_seed(1 + dist.get_rank())

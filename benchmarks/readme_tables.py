@@ -112,6 +112,9 @@ def expert_parallel(record: Record) -> str:
         "+ shared": "with a shared expert",
         "shared alone": "shared expert alone",
     }
+    for chunks in ("2 chunks", "4 chunks"):
+        if all(chunks in layer["forward"] for layer in record["layers"]):
+            names[chunks] = chunks
     rows = []
     for layer in record["layers"]:
         times = [(layer["forward"][name], layer["forward_backward"][name]) for name in names]

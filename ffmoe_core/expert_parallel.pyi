@@ -20,7 +20,9 @@ class Sizes(NamedTuple):
 class Dispatched(NamedTuple):
     """What ``ExpertParallel.dispatch`` returns: the tokens that came to this rank, and who goes where."""
 
-    received: Any  # [N, W] dtype of x: tokens, by chunk and the rank they came from; with chunks still on their way
+    received: (
+        Any  # [N, W] dtype of x: tokens, by chunk and the rank they came from; with chunks still on their way
+    )
     weights: Any  # [N, S] router dtype: of each token's experts here, as far as it has any
     losses: Any  # [3] router dtype: aux loss, z-loss (each times its coefficient), router entropy in nats
     logits: Any  # [T, E] router dtype
@@ -28,7 +30,9 @@ class Dispatched(NamedTuple):
     balance: Any  # int32 [2E + 1]: the group's expert_offsets and tokens_per_expert; None for "local" losses
     sending: Any  # uint8 [n]: RoutingLayout of this rank's T tokens and the ranks, in each chunk
     pair_slots: Any  # int32 [T, K]: where a pair stands among the slots sent, or -1
-    receiving: Any  # uint8 [n]: RoutingLayout of N tokens with S slots and this rank's experts, each in chunks
+    receiving: (
+        Any  # uint8 [n]: RoutingLayout of N tokens with S slots and this rank's experts, each in chunks
+    )
     sizes: Sizes
     underway: Underway | None = None  # with chunks: exchanges that the next part waits for
 

@@ -571,8 +571,8 @@ def landing_of(layer, space, dispatched, _Plans plans, arrays, step):
         underway.rows, underway.landing, underway.returning = None, (), ()
         if sent.data != own.data:
             raise ConfigError(
-                f"ep_chunks={layer.ep_chunks}: rows are on their way home when the experts are done, so that {step.name} "
-                "takes what they returned and nothing else"
+                f"ep_chunks={layer.ep_chunks}: rows are on their way home when the experts are done, so that "
+                f"{step.name} takes what they returned and nothing else"
             )
         return landing, transfers
     landing = [space.empty((plans.num_sent, *array.shape[1:]), array.dtype) for array in arrays]

@@ -370,8 +370,8 @@ class MoELayer(nn.Module):
         )
         if ep_chunks > 1 and self.latent_dim is not None:
             raise ConfigError(
-                f"ep_chunks={ep_chunks} with latent_dim={self.latent_dim}: the projections take all tokens at once; use "
-                "ep_chunks=1"
+                f"ep_chunks={ep_chunks} with latent_dim={self.latent_dim}: the projections take all tokens at once; "
+                "use ep_chunks=1"
             )
         self._sharded = ShardedExperts(expert_parallel, grad_reduction)
         own = slice(expert_parallel.experts.start, expert_parallel.experts.stop)

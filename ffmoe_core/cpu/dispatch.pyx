@@ -53,7 +53,9 @@ cdef void find_ranks(
         ranks[d] = -1
 
 
-def dispatch_ranks(Space space, Array topk_idx, Array token_rows, num_experts, num_ranks, Array ranks, int32_t chunks=1):
+def dispatch_ranks(
+    Space space, Array topk_idx, Array token_rows, num_experts, num_ranks, Array ranks, int32_t chunks=1
+):
     cdef Share share = share_of(num_experts, num_ranks)
     cdef int64_t K = topk_idx.dims[1], D = ranks.dims[1], T = topk_idx.dims[0], token, before
     cdef const int32_t* experts = <const int32_t*>topk_idx.data
@@ -121,7 +123,8 @@ def dispatch_slots(
     Array send_rows, Array send_offsets, Array slot_experts, Array slot_weights, Array pair_slots, Array counts,
     int32_t chunks=1,
 ):
-    cdef int64_t E = expert_offsets.dims[0] - 1, P = (send_offsets.dims[0] - 1) // chunks, token, rank, row, chunk, place
+    cdef int64_t E = expert_offsets.dims[0] - 1, P = (send_offsets.dims[0] - 1) // chunks
+    cdef int64_t token, rank, row, chunk, place
     cdef int64_t num_tokens = topk_idx.dims[0], most_rows = slot_experts.dims[0]
     cdef const int32_t* offsets = <const int32_t*>expert_offsets.data
     cdef const int32_t* starts = <const int32_t*>send_offsets.data

@@ -35,7 +35,9 @@ cdef unsigned int _blocks(int64_t num_tokens) noexcept:
     return <unsigned int>max(1, (num_tokens + THREADS - 1) // THREADS)
 
 
-def dispatch_ranks(Space space, Array topk_idx, Array token_rows, num_experts, num_ranks, Array ranks, int32_t chunks=1):
+def dispatch_ranks(
+    Space space, Array topk_idx, Array token_rows, num_experts, num_ranks, Array ranks, int32_t chunks=1
+):
     cdef Share share = _share(num_experts, num_ranks)
     cdef int64_t num_tokens = topk_idx.dims[0]
     cdef int32_t top_k = <int32_t>topk_idx.dims[1], most_ranks = <int32_t>ranks.dims[1]

@@ -267,7 +267,8 @@ def grouped_glu_backward(
         vectors = in_vectors(addresses, depth, intermediate)
         params = [
             &dout.data, &w_down.data, &expert_offsets.data, &index, &row_weights.data, &z.data, &dz.data,
-            &pa.data, &parts.data, &num_groups, &num_rows, &chunks, &chunk, &depth, &intermediate, &column_tiles, &vectors, &act,
+            &pa.data, &parts.data, &num_groups, &num_rows, &chunks, &chunk, &depth, &intermediate, &column_tiles,
+            &vectors, &act,
         ]
         launch(
             space, path, "grouped_glu_backward", _glu_backward[path, dout.dtype, act],

@@ -204,7 +204,7 @@ cdef int grouped_glu_backward(
     cdef uintptr_t due = address(counter)
     cdef Parameter[20] params = [
         &dout.data, dout_map.at, w_map.at, z_map.at, dz_map.at, pa_map.at, &expert_offsets.data, &index,
-        &row_weights.data, &dz.data, &pa.data, &parts.data, &num_groups, &num_rows, &chunks, &chunk, &depth, &intermediate,
-        &column_tiles, &due,
+        &row_weights.data, &dz.data, &pa.data, &parts.data, &num_groups, &num_rows, &chunks, &chunk, &depth,
+        &intermediate, &column_tiles, &due,
     ]
     return launch(space, "grouped_glu_backward", _glu_backward[dout.dtype, gather, act], params, due)

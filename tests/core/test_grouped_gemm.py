@@ -225,10 +225,17 @@ def test_groups_in_chunks(kind, inner, columns, dtype):
     rng = np.random.default_rng(4)
     sizes = np.array([[5, 0, 130], [0, 0, 0], [1, 300, 7], [64, 2, 0]])  # by group and chunk
     offsets = np.cumsum([0, *sizes.flat])
-    rows, chunk_of_row = offsets[-1] + 4, np.append(np.repeat(np.arange(sizes.size) % CHUNKS, sizes.flat), [-1] * 4)
+    rows, chunk_of_row = (
+        offsets[-1] + 4,
+        np.append(np.repeat(np.arange(sizes.size) % CHUNKS, sizes.flat), [-1] * 4),
+    )
     index = rng.integers(0, 60, rows)
     x, w = whole_numbers(rng, 60, inner), whole_numbers(rng, 4, 2 * columns, inner)
-    g, w_down, weights = whole_numbers(rng, 60, inner), whole_numbers(rng, 4, inner, columns), rng.random(rows)
+    g, w_down, weights = (
+        whole_numbers(rng, 60, inner),
+        whole_numbers(rng, 4, inner, columns),
+        rng.random(rows),
+    )
     where, whole = kind.array(offsets, "int32"), kind.array(offsets[::CHUNKS].copy(), "int32")
     picks, p = kind.array(index, "int32"), kind.array(weights, router_dtype(dtype))
     x_array, w_array, g_array, down = (kind.array(v, dtype) for v in (x, w, g, w_down))
@@ -243,7 +250,19 @@ def test_groups_in_chunks(kind, inner, columns, dtype):
         call_stage(kind, "grouped_gemm", z_given, w_array, where, None, False, back, *chunks)
         call_stage(kind, "grouped_glu", x_array, w_array, where, picks, "swiglu", z, a, *chunks)
         call_stage(
-            kind, "grouped_glu_backward", g_array, down, where, picks, p, z_given, "swiglu", dz, pa, dp, *chunks
+            kind,
+            "grouped_glu_backward",
+            g_array,
+            down,
+            where,
+            picks,
+            p,
+            z_given,
+            "swiglu",
+            dz,
+            pa,
+            dp,
+            *chunks,
         )
         return [numbers(kind, out) for out in (product, back, z, a, dz, pa, dp)]
 
@@ -257,7 +276,9 @@ def test_groups_in_chunks(kind, inner, columns, dtype):
     z_given = kind.array(whole_numbers(rng, rows, 2 * columns), dtype)
     gradients = [kind.full((4, 2 * columns, inner), np.nan, dtype) for _ in range(2)]
     call_stage(kind, "grouped_gemm_wgrad", z_given, x_array, whole, None, picks, gradients[0], False)
-    call_stage(kind, "grouped_gemm_wgrad", z_given, x_array, where, None, picks, gradients[1], False, 1.0, CHUNKS)
+    call_stage(
+        kind, "grouped_gemm_wgrad", z_given, x_array, where, None, picks, gradients[1], False, 1.0, CHUNKS
+    )
     assert bits(kind, gradients[0]) == bits(kind, gradients[1])
 
 

@@ -245,9 +245,7 @@ def stress(comm):
         inputs = tuple(name for names in INPUTS.values() for name in names if rng.random() < 0.15)
         scope, chunks = str(rng.choice(["group", "local"])), int(rng.choice([1, 1, 2, 3]))
         try:
-            check_group(
-                comm, config, tokens, inputs=inputs, loss_scope=scope, seed=seed, ep_chunks=chunks
-            )
+            check_group(comm, config, tokens, inputs=inputs, loss_scope=scope, seed=seed, ep_chunks=chunks)
         except Exception as error:
             what = f"{config}, tokens {tokens}, {inputs}, {scope}, {chunks} chunks"
             raise AssertionError(f"seed {seed}: {what}") from error

@@ -693,7 +693,7 @@ def broken(comm):
 
 @case
 def chunks_in_several_backward_passes(comm):
-    """A graph that is kept gives the same gradients again; the losses' alone needs no rows; nothing is left under way."""
+    """A kept graph gives the same gradients again; the losses' alone needs no rows; nothing is left under way."""
     layer, plain = make_layer(main_grad=True), make_layer()
     for one, chunks in ((layer, 3), (plain, 1)):
         one.shard_experts(MPI.COMM_WORLD, "mpi", ep_chunks=chunks)
