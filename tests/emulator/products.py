@@ -128,6 +128,22 @@ def grouped_glu_backward(hidden, width, gather):
     return [dz, pa, dp]
 
 
+@case([(136, 264)])
+def in_chunks(inner, columns):
+    """The groups as two chunks of half as many: each call does its own, and the rows behind the last stay."""
+    new = Arrays(gather=True)
+    a, a_array = new.whole(TOKENS, inner)
+    b, b_array = new.whole(EXPERTS // 2, columns, inner)
+    out = new.out(ROWS, columns)
+    for chunk in range(2):
+        call_stage(KIND, "grouped_gemm", a_array, b_array, new.offsets, new.picks, True, out, 2, chunk)
+    got, last = numbers(KIND, out), OFFSETS[-1]
+    want = rounded(reference.grouped_gemm(a, b, OFFSETS[::2], new.index, True), DTYPE)
+    assert got[:last].tolist() == want[:last].tolist()
+    assert np.isnan(got[last:]).all()
+    return [out]
+
+
 # Fewer tokens than 8192 are other kernels' affair.
 @case([(40, 136, 5)])
 def router(hidden, experts, top_k):
