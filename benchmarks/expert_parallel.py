@@ -18,12 +18,7 @@ all-to-all and of all_to_all_single, by MiB a rank.
 """
 
 import argparse
-import os
-import random
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,16 +26,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+import ranks
 import record
-from arguments import Shape, chosen_shape, positive
+from arguments import Shape, chosen_shape
 from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import Step
 from ffmoe_torch import MoELayer
+from ranks import Call, Timer, pair
 
 SHAPES = [*map(chosen_shape, ("8192,4096,1024,128,8", "8192,7168,2048,64,8", "8192,1024,2048,8,2"))]
 WIRE_MIB = (8, 64, 256, 512)
-WARM_UP = 3
-Call = Callable[[], object]
 
 
 class AllToAll(torch.autograd.Function):
@@ -61,7 +56,7 @@ class AllToAll(torch.autograd.Function):
 
 def peer(x: Tensor, gate: Tensor, w_up: Tensor, w_down: Tensor, top_k: int) -> Tensor:
     """Expert parallelism as it is commonly written in torch."""
-    ranks, here = dist.get_world_size(), len(w_up)
+    size, here = dist.get_world_size(), len(w_up)
     values, experts = F.linear(x, gate).topk(top_k, dim=-1)
     flat = experts.flatten()
     order = torch.argsort(flat, stable=True)
@@ -69,62 +64,27 @@ def peer(x: Tensor, gate: Tensor, w_up: Tensor, w_down: Tensor, top_k: int) -> T
     counts = torch.bincount(flat, minlength=len(gate))
     arriving = torch.empty_like(counts)
     dist.all_to_all_single(arriving, counts)
-    sizes = torch.stack([counts.view(ranks, here).sum(1), arriving.view(ranks, here).sum(1)]).tolist()
+    sizes = torch.stack([counts.view(size, here).sum(1), arriving.view(size, here).sum(1)]).tolist()
     rows = AllToAll.apply(x[tokens], *sizes)
-    local = torch.arange(here, device=x.device).repeat(ranks).repeat_interleave(arriving)
+    local = torch.arange(here, device=x.device).repeat(size).repeat_interleave(arriving)
     by_expert = torch.argsort(local, stable=True)
-    offsets = arriving.view(ranks, here).sum(0).cumsum(0).int()
+    offsets = arriving.view(size, here).sum(0).cumsum(0).int()
     g, u = torch._grouped_mm(rows[by_expert], w_up.transpose(-2, -1), offs=offsets).chunk(2, -1)
     y = torch._grouped_mm(F.silu(g) * u, w_down.transpose(-2, -1), offs=offsets)
     home = AllToAll.apply(torch.empty_like(y).index_copy(0, by_expert, y), *reversed(sizes))
     return torch.zeros_like(x).index_add(0, tokens, home * weights[:, None].to(home.dtype))
 
 
-class Timer:
-    """Times calls on this rank's device; a time is that of the slowest rank, in milliseconds."""
-
-    def __init__(self, device: torch.device, rounds: int) -> None:
-        self.device = device
-        self.rounds = rounds
-        self.random = random.Random(0)  # the same order on every rank
-
-    def medians(self, calls: dict[str, Call]) -> dict[str, float]:
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        names = list(calls)
-        for number in range(WARM_UP + self.rounds):
-            self.random.shuffle(names)
-            for name in names:
-                took = self.once(calls[name])
-                if number >= WARM_UP:
-                    times[name].append(took)
-        return {name: statistics.median(taken) for name, taken in times.items()}
-
-    def once(self, call: Call) -> float:
-        dist.barrier()
-        self.wait()
-        start = time.perf_counter()
-        call()
-        self.wait()
-        took = torch.tensor([time.perf_counter() - start], device=self.device)
-        dist.all_reduce(took, dist.ReduceOp.MAX)
-        return 1e3 * took.item()
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
 def contenders(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Call, Call]]:
     """name -> (forward, forward and backward)."""
     T, H, I, E, K = shape
-    ranks = dist.get_world_size()
     torch.manual_seed(0)
     layers = {
         "ffmoe": MoELayer(H, 2 * I, E, K, device=device, dtype=dtype),
         "2 chunks": MoELayer(H, 2 * I, E, K, device=device, dtype=dtype),
         "4 chunks": MoELayer(H, 2 * I, E, K, device=device, dtype=dtype),
         "+ shared": MoELayer(H, 2 * I, E, K, num_shared_experts=1, device=device, dtype=dtype),
-        "alone": MoELayer(H, 2 * I, E // ranks, K, device=device, dtype=dtype),
+        "alone": MoELayer(H, 2 * I, E // dist.get_world_size(), K, device=device, dtype=dtype),
     }
     for name, chunks in (("ffmoe", 1), ("2 chunks", 2), ("4 chunks", 4), ("+ shared", 1)):
         layers[name].shard_experts(ep_chunks=chunks)
@@ -144,26 +104,15 @@ def contenders(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[s
     return {name: pair(call, leaves, grad) for name, (call, leaves) in calls.items()}
 
 
-def pair(call: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> tuple[Call, Call]:
-    def forward() -> object:
-        with torch.no_grad():
-            return call()
-
-    def both() -> object:
-        return torch.autograd.grad(call(), leaves, grad)
-
-    return forward, both
-
-
 def wire(mib: int, device: torch.device, timer: Timer) -> dict[str, float]:
     """GB/s that a rank sends to others, ``mib`` MiB in all."""
-    ranks = dist.get_world_size()
-    layer = MoELayer(8, 8, ranks, 1, device=device)
+    size = dist.get_world_size()
+    layer = MoELayer(8, 8, size, 1, device=device)
     layer.shard_experts()
     comm = layer._sharded.comm
-    rows = (mib << 20) // 4096 // ranks * ranks
+    rows = (mib << 20) // 4096 // size * size
     sent, received = (torch.zeros(rows, 4096, dtype=torch.uint8, device=device) for _ in range(2))
-    counts = [rows // ranks] * ranks
+    counts = [rows // size] * size
     (send, space), (recv, _) = as_array(sent), as_array(received)
     step = Step("wire")
     times = timer.medians(
@@ -172,7 +121,7 @@ def wire(mib: int, device: torch.device, timer: Timer) -> dict[str, float]:
             "all_to_all_single": lambda: dist.all_to_all_single(received, sent),
         }
     )
-    leaving = sent.nbytes * (ranks - 1) / ranks
+    leaving = sent.nbytes * (size - 1) / size
     return {name: leaving / took / 1e6 for name, took in times.items()}
 
 
@@ -188,44 +137,19 @@ def parsed() -> argparse.Namespace:
         metavar="T,H,I,E,K",
         help=f"default: {' '.join(name for name, _ in SHAPES)}",
     )
-    parser.add_argument(
-        "--rounds",
-        type=positive,
-        default=20,
-        metavar="N",
-        help="how often each is timed; default: %(default)s",
-    )
-    parser.add_argument("--cpu", action="store_true", help="float32 over gloo instead of bfloat16 over NCCL")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the record")
+    ranks.add_options(parser)
     args = parser.parse_args()
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        parser.error("start it with torchrun, see --help")
-    # every rank finds these, so that none waits for another
-    here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    if not args.cpu and here > gpus:
-        parser.error(
-            f"{here} ranks on this machine need a GPU each, and {gpus} can be used: "
-            "start no more ranks than GPUs, or use --cpu"
-        )
-    ranks = int(os.environ["WORLD_SIZE"])
-    for name, (*_, E, K) in args.shapes:
-        if E % ranks or E // ranks < K:
-            parser.error(
-                f"{name}: E={E} is not a multiple of the {ranks} ranks with at least K={K} experts for each"
-            )
+    ranks.check(parser, args.cpu, args.shapes)
     return args
 
 
 def main() -> None:
     args = parsed()
-    device = torch.device("cpu" if args.cpu else f"cuda:{os.environ['LOCAL_RANK']}")
-    if not args.cpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if args.cpu else "nccl")
+    device, dtype = ranks.start(args.cpu)
     timer = Timer(device, args.rounds)
     results: dict[str, Any] = {"ranks": dist.get_world_size(), "layers": [], "wire": []}
     for _, sizes in args.shapes:
-        calls = contenders(sizes, device, torch.float32 if args.cpu else torch.bfloat16)
+        calls = contenders(sizes, device, dtype)
         forward = timer.medians({name: call for name, (call, _) in calls.items()})
         both = timer.medians({name: call for name, (_, call) in calls.items()})
         results["layers"].append({"shape": sizes, "forward": forward, "forward_backward": both})

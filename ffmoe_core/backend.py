@@ -24,7 +24,7 @@ class Backend(Protocol):
     route_and_sort: Stage  # what `route` and `sort` do, in fewer launches
     router_losses: Stage
     route_backward: Stage
-    gate_backward: Stage
+    gate_backward: Stage  # one of its two outputs may be None: then it is left out
     # rows
     sort: Stage
     permute: Stage

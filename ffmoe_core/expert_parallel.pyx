@@ -79,6 +79,7 @@ class Underway:
         self.rows = None  # Array of rows that are on their way home
         self.landing = ()  # Arrays where they and what goes with them land
         self.returning = ()  # Transfers of each chunk
+        self.weighing = None  # (Array, Transfer): where the weights' gradients land, and when
 
     def take_arriving(self):
         taken, self.arriving = self.arriving, ()
@@ -518,10 +519,13 @@ def _dispatch_backward(
     cdef Space space = space_of(x, tokens)
     backend = backend_for(space)
 
-    cdef Array returned, d_pairs
-    (returned, d_pairs), transfers = landing_of(
-        layer, space, dispatched, plans, [d_tokens, d_slots], Step("dispatch backward", layer.layer)
-    )
+    # the weights' gradients cross first: the router's, made of these, are computed while the tokens' cross
+    cdef Array d_pairs, returned
+    underway = dispatched.underway
+    if underway is not None and underway.weighing is not None:
+        (d_pairs, weighing), underway.weighing = underway.weighing, None
+    else:
+        d_pairs, weighing = weights_home(layer, space, dispatched, plans, d_slots)
     cdef Array tokens_per_expert = plans.routing.tokens_per_expert, balance, own_d_losses
     cdef bint group = layer.loss_scope == "group" and layer.has_losses
     if group:
@@ -532,9 +536,11 @@ def _dispatch_backward(
         check_shape(balance, "dispatched.balance", "[2 * num_experts + 1]", 2 * E + 1)
         check_dtype(balance, "dispatched.balance", (<int>INT32,))
         tokens_per_expert = balance.at(4 * (E + 1), (E,), INT32)
+    (returned,), transfers = landing_of(
+        layer, space, dispatched, plans, [d_tokens], Step("dispatch backward", layer.layer)
+    )
     between = None if meanwhile is None else meanwhile()
-    for transfer in transfers:
-        transfer.wait()
+    weighing.wait()
     if group:
         summing.wait()
     cdef Array d_logits = space.empty((T, E), W)
@@ -545,18 +551,31 @@ def _dispatch_backward(
     )
     cdef Array d_gate = space.empty((E, H), gate.dtype)
     cdef Array dx = space.empty((T, width), tokens.dtype), d_router = None
+    token_rows = plans.sending.token_rows
     if router_input is None:
-        backend.gate_backward(space, d_logits, tokens, gate, returned, plans.sending.token_rows, dx, d_gate)
+        backend.gate_backward(space, d_logits, tokens, gate, None, None, None, d_gate)
+        for transfer in transfers:
+            transfer.wait()
+        backend.gate_backward(space, d_logits, tokens, gate, returned, token_rows, dx, None)
     else:
         d_router = space.empty((T, H), tokens.dtype)
-        backend.combine(space, returned, plans.sending.token_rows, None, dx)
         backend.gate_backward(space, d_logits, routed, gate, None, None, d_router, d_gate)
+        for transfer in transfers:
+            transfer.wait()
+        backend.combine(space, returned, token_rows, None, dx)
     return (
         space.export(dx),
         None if d_router is None else space.export(d_router),
         space.export(d_gate),
         between,
     )
+
+
+def weights_home(layer, space, dispatched, _Plans plans, d_slots):
+    """(Array [num_sent, slots], Transfer): the weights' gradients on their way home, those of all chunks."""
+    landing = space.empty((plans.num_sent, *d_slots.shape[1:]), d_slots.dtype)
+    sizes, step = dispatched.sizes, Step("weights backward", layer.layer)
+    return landing, layer.comm.all_to_all_v(space, [(d_slots, landing)], sizes.received, sizes.sent, step)
 
 
 def landing_of(layer, space, dispatched, _Plans plans, arrays, step):
@@ -702,7 +721,7 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
     cdef Array dx_rows = space.empty((R, H), tokens.dtype)
     cdef Array d_tokens = space.empty((N, H), tokens.dtype), d_slots = space.empty((N, S), W)
     cdef Array dp, rows_of_slots, d_slots_part
-    home = Homeward(layer, space, dispatched, plans, [d_tokens, d_slots], "dispatch backward")
+    home = Homeward(layer, space, dispatched, plans, [d_tokens], "dispatch backward")
     cdef int C = plans.num_chunks, chunk
     for chunk in range(C):
         if kept_z is None:
@@ -723,6 +742,8 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
             space, dp, rows_of_slots.at(0, (rows_of_slots.size, 1), INT32), None,
             d_slots_part.at(0, (rows_of_slots.size, 1), W),
         )
+        if chunk == C - 1 and dispatched.underway is not None:
+            dispatched.underway.weighing = weights_home(layer, space, dispatched, plans, d_slots)
         home.start(chunk)
     z = dx_rows = None
 

@@ -40,8 +40,10 @@ def gate_backward(
     cdef int32_t[2] offsets = [0, <int32_t>x.dims[0]]
     if rows is not None:
         combine(space, rows, token_rows, None, dx)
-    rows_product(dlogits, NULL, gate_weight, offsets, 1, False, dx, rows is not None)
-    rows_wgrad(dlogits, NULL, x, NULL, offsets, 1, dgate_weight, False, 1)
+    if dx is not None:
+        rows_product(dlogits, NULL, gate_weight, offsets, 1, False, dx, rows is not None)
+    if dgate_weight is not None:
+        rows_wgrad(dlogits, NULL, x, NULL, offsets, 1, dgate_weight, False, 1)
 
 
 # --- what both directions share ---

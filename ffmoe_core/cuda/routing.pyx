@@ -93,7 +93,10 @@ def gate_backward(
     Space space, Array dlogits, Array x, Array gate_weight, Array rows, Array token_rows, Array dx,
     Array dgate_weight,
 ):
-    dense_gemm(space, dlogits, gate_weight, dx, False, False, rows, token_rows)
+    if dx is not None:
+        dense_gemm(space, dlogits, gate_weight, dx, False, False, rows, token_rows)
+    if dgate_weight is None:
+        return
     if gate_wgrad_sm90.serves(space, dlogits, x, dgate_weight):
         gate_wgrad_sm90.gate_wgrad(space, dlogits, x, dgate_weight)
     else:

@@ -289,6 +289,13 @@ def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts
         call_stage(kind, "gate_backward", kind.array(d_logits, W), *inputs, *pieces, dx, d_gate)
         check(dx, d_logits @ gate + sums, dtype, "dx")
         check(d_gate, d_logits.T @ x, gate_dtype, "d_gate_weight")
+        # one at a time: the same bits
+        dx_alone = kind.full(x.shape, np.nan, dtype)
+        d_gate_alone = kind.full(gate.shape, np.nan, gate_dtype)
+        logits_grad = kind.array(d_logits, W)
+        call_stage(kind, "gate_backward", logits_grad, *inputs, *pieces, dx_alone, None)
+        call_stage(kind, "gate_backward", logits_grad, *inputs, None, None, None, d_gate_alone)
+        assert same_bits(kind, (dx_alone, d_gate_alone), (dx, d_gate))
 
 
 def route_backward(

@@ -145,7 +145,8 @@ def check_sizes(comm, config, want, layer, sent, dispatched):
     assert sent["dispatch"] == out * (width + slots * (4 + number))
     assert sent["combine"] == back * width
     assert sent["combine backward"] == out * width
-    assert sent["dispatch backward"] == back * (width + slots * number)
+    assert sent["weights backward"] == back * slots * number
+    assert sent["dispatch backward"] == back * width
 
 
 CASES = {}

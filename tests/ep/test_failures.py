@@ -12,7 +12,7 @@ from tests.ep.launch import Launch, start
 TIMEOUT = 3.0
 START_SECONDS = 60.0  # for the ranks to start, on a busy machine
 SLACK = 2.0  # for the scheduler: more ranks than cores
-STEPS = {"forward": "combine", "backward": "dispatch backward", "between": "counts"}
+STEPS = {"forward": "combine", "backward": "weights backward", "between": "counts"}
 # 50 is what a release must stand: FFMOE_FAILURE_ROUNDS=50
 ROUNDS = int(os.environ.get("FFMOE_FAILURE_ROUNDS", "1"))
 
