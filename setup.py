@@ -29,9 +29,15 @@ def extension(path: Path) -> Extension:
 only = {ROOT / name for name in os.environ.get("FFMOE_BUILD_ONLY", "").split()}
 sources = [path for path in sorted((ROOT / "ffmoe_core").rglob("*.pyx")) if not only or path in only]
 
+# Cython does not follow `from . cimport module`, so that a declaration that changed has to count for all.
+declared = max(path.stat().st_mtime for path in ROOT.glob("ffmoe_core/**/*.pxd"))
+generated = [path.with_suffix(".c") for path in sources]
+outdated = any(path.exists() and path.stat().st_mtime < declared for path in generated)
+
 setup(
     ext_modules=cythonize(
         [extension(path) for path in sources],
+        force=outdated,
         compiler_directives={
             "language_level": 3,
             "boundscheck": False,
