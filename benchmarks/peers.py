@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -73,11 +74,8 @@ def ffmoe_recompute(problem: Problem) -> Contender:
 
 @contextmanager
 def portable_kernels() -> Iterator[None]:
-    os.environ["FFMOE_PORTABLE_KERNELS"] = "1"
-    try:
+    with mock.patch.dict(os.environ, FFMOE_PORTABLE_KERNELS="1"):
         yield
-    finally:
-        del os.environ["FFMOE_PORTABLE_KERNELS"]
 
 
 class Portable(Contender):
