@@ -79,49 +79,17 @@ template <int SIZE> struct ContractionMajor {
     }
 };
 
-// Tile columns contiguous: 32 rows of SIZE / 8 chunks. With an index the rows are gathered; it is read one
-// step ahead of the copies that need it.
+// Tile columns contiguous: 32 rows of SIZE / 8 chunks.
 template <int SIZE> struct TileMajor {
     static constexpr int COPIES = SIZE * 4 / THREADS, CHUNKS = SIZE / 8, STRIDE = THREADS / CHUNKS;
-    const X* base;  // at this thread's columns
-    int64 pitch;
-    const int* index;
-    int row;        // of the next step, the first of this thread
-    int depth;      // rows of the contraction
-    int next[COPIES];
-    uint32 target;
 
-    // the columns start at `first` of `columns`
-    __device__ TileMajor(
-        const X* matrix, int64 row_pitch, const int* row_index, int contraction, int first, int columns
-    ) {
-        const int chunk = threadIdx.x % CHUNKS;
-        row = threadIdx.x / CHUNKS;
-        target = row * SIZE * 2 + ((chunk ^ (row & 7)) << 4);
-        base = matrix + first + chunk * 8;
-        pitch = row_pitch;
-        index = row_index;
-        depth = first + chunk * 8 < columns ? contraction : 0;
-        fetch();
+    static __device__ __forceinline__ int row() { return threadIdx.x / CHUNKS; }  // this thread's first of a step
+    static __device__ __forceinline__ int column() { return threadIdx.x % CHUNKS * 8; }
+    // where this thread's first copy goes in a stage; the others, so far apart each
+    static __device__ __forceinline__ uint32 first_target() {
+        return row() * SIZE * 2 + ((column() / 8 ^ (row() & 7)) << 4);
     }
-
-    __device__ __forceinline__ void fetch() {
-#pragma unroll
-        for (int i = 0; i < COPIES; ++i) {
-            const int at = row + STRIDE * i;
-            next[i] = at >= depth ? -1 : index != nullptr ? index[at] : at;
-        }
-    }
-
-    __device__ __forceinline__ void copy(uint32 stage) {
-#pragma unroll
-        for (int i = 0; i < COPIES; ++i)
-            copy16_async(
-                stage + target + i * STRIDE * SIZE * 2, base + max(next[i], 0) * pitch, next[i] >= 0
-            );
-        row += DEPTH;
-        fetch();
-    }
+    static constexpr int TARGET_STRIDE = STRIDE * SIZE * 2;
 
     static __device__ __forceinline__ void load_a(uint32 (&out)[4], uint32 stage, int first, int k) {
         const int lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8, chunk = first / 8 + lane / 8 % 2;
@@ -130,6 +98,72 @@ template <int SIZE> struct TileMajor {
     static __device__ __forceinline__ void load_b(uint32 (&out)[4], uint32 stage, int first, int k) {
         const int lane = threadIdx.x % 32, row = lane % 16, chunk = first / 8 + lane / 16;
         load_matrices_transposed(out, stage + k * SIZE * 2 + row * SIZE * 2 + ((chunk ^ (row & 7)) << 4));
+    }
+};
+
+// Rows that follow each other.
+template <int SIZE> struct TileMajorRows : TileMajor<SIZE> {
+    using Layout = TileMajor<SIZE>;
+    const X* next;  // this thread's first of the next step
+    int pitch;      // bytes
+    int left;       // rows of the contraction from there on
+    uint32 target = Layout::first_target();
+
+    // the tile's columns start at `first` of `columns`
+    __device__ TileMajorRows(const X* matrix, int contraction, int first, int columns) {
+        pitch = columns * int(sizeof(X));
+        next = advanced(matrix + first + Layout::column(), Layout::row(), pitch);
+        left = first + Layout::column() < columns ? contraction - Layout::row() : 0;
+    }
+
+    __device__ __forceinline__ void copy(uint32 stage) {
+#pragma unroll
+        for (int i = 0; i < Layout::COPIES; ++i)
+            copy16_async(
+                stage + target + i * Layout::TARGET_STRIDE, advanced(next, Layout::STRIDE * i, pitch),
+                Layout::STRIDE * i < left
+            );
+        next = advanced(next, DEPTH, pitch);
+        left -= DEPTH;
+    }
+};
+
+// Rows that an index names, unless it is nullptr. It is read one step ahead of the copies that need it.
+template <int SIZE> struct TileMajorGathered : TileMajor<SIZE> {
+    using Layout = TileMajor<SIZE>;
+    const X* base;  // at this thread's columns
+    int pitch;      // bytes
+    const int* index;
+    int row;    // of the next step, the first of this thread
+    int depth;  // rows of the contraction
+    int next[Layout::COPIES];
+    uint32 target = Layout::first_target();
+
+    __device__ TileMajorGathered(const X* matrix, const int* row_index, int contraction, int first, int columns) {
+        base = matrix + first + Layout::column();
+        pitch = columns * int(sizeof(X));
+        index = row_index;
+        row = Layout::row();
+        depth = first + Layout::column() < columns ? contraction : 0;
+        look_up();
+    }
+
+    __device__ __forceinline__ void look_up() {
+#pragma unroll
+        for (int i = 0; i < Layout::COPIES; ++i) {
+            const int at = row + Layout::STRIDE * i;
+            next[i] = at >= depth ? -1 : index != nullptr ? index[at] : at;
+        }
+    }
+
+    __device__ __forceinline__ void copy(uint32 stage) {
+#pragma unroll
+        for (int i = 0; i < Layout::COPIES; ++i)
+            copy16_async(
+                stage + target + i * Layout::TARGET_STRIDE, advanced(base, max(next[i], 0), pitch), next[i] >= 0
+            );
+        row += DEPTH;
+        look_up();
     }
 };
 
@@ -174,7 +208,7 @@ __device__ __forceinline__ void multiply_tile(Accumulators& acc, A& a, B& b, int
     wait_for_copies<STAGES - 2>();
     __syncthreads();
     uint32 reading = stages, writing = stages + (STAGES - 1) * STAGE_BYTES;
-    if (steps > 0) load(0, reading, 0);
+    load(0, reading, 0);
     for (int step = 0; step < steps; ++step) {
         load(1, reading, 16);
         // every warp has left the stage before this one: it is the next to be filled
@@ -188,7 +222,7 @@ __device__ __forceinline__ void multiply_tile(Accumulators& acc, A& a, B& b, int
         reading = reading == stages + (STAGES - 1) * STAGE_BYTES ? stages : reading + STAGE_BYTES;
         wait_for_copies<STAGES - 2>();
         __syncthreads();
-        if (step + 1 < steps) load(0, reading, 0);
+        load(0, reading, 0);  // behind the last step, too, for nobody: a condition would keep it from between products
         multiply(1);
     }
 }
@@ -309,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm(
         b, depth
     );
 #else
-    TileMajor<TILE_COLUMNS> right(weights, columns, nullptr, depth, first_column, columns);
+    TileMajorRows<TILE_COLUMNS> right(weights, depth, first_column, columns);
 #endif
     Accumulators acc = {};
     multiply_tile(acc, left, right, rows == 0 ? 0 : depth);
@@ -329,13 +363,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm_wgrad
     const int first_row = place.row * TILE_ROWS, first_column = place.column * TILE_COLUMNS;
     const int group = blockIdx.y;
     const int begin = offsets[group * chunks], depth = offsets[(group + 1) * chunks] - begin;
-    TileMajor<TILE_ROWS> left(
-        a_index != nullptr ? a : a + int64(begin) * a_columns, a_columns,
-        a_index != nullptr ? a_index + begin : nullptr, depth, first_row, a_columns
+    TileMajorGathered<TILE_ROWS> left(
+        a_index != nullptr ? a : a + int64(begin) * a_columns, a_index != nullptr ? a_index + begin : nullptr,
+        depth, first_row, a_columns
     );
-    TileMajor<TILE_COLUMNS> right(
-        b_index != nullptr ? b : b + int64(begin) * b_columns, b_columns,
-        b_index != nullptr ? b_index + begin : nullptr, depth, first_column, b_columns
+    TileMajorGathered<TILE_COLUMNS> right(
+        b_index != nullptr ? b : b + int64(begin) * b_columns, b_index != nullptr ? b_index + begin : nullptr,
+        depth, first_column, b_columns
     );
     Accumulators acc = {};
     multiply_tile(acc, left, right, depth);
@@ -424,7 +458,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_glu_backwa
     const int rows = rows_read(tile, num_groups), first_column = tile.column * TILE_COLUMNS;
     const X* weights = w_down + (rows == 0 ? 0 : int64(tile.group) * depth * intermediate);
     ContractionMajor<TILE_ROWS> left = gathered_rows(dout, row_index, tile, rows, depth);
-    TileMajor<TILE_COLUMNS> right(weights, intermediate, nullptr, depth, first_column, intermediate);
+    TileMajorRows<TILE_COLUMNS> right(weights, depth, first_column, intermediate);
     prefetch_z(z, tile, rows, first_column, intermediate);
     Accumulators acc = {};
     multiply_tile(acc, left, right, rows == 0 ? 0 : depth);

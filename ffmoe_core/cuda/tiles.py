@@ -42,7 +42,10 @@ PRODUCTS = {
     "glu_backward": frozenset(Tiles) - {Tiles.WIDE},  # two blocks hide each other's long epilogue
     "wgrad": frozenset(Tiles) - {Tiles.PACED},  # its tiles are equally long anyway
 }
-WIDE_DEPTH = 512  # a shorter contraction does not hide the start and end of a wide tile
+# A shorter contraction does not hide the start and end of a wide tile.
+WIDE_DEPTH = 2048
+WIDE_WGRAD_DEPTH = 512
+TILE_ROWS = 128
 PACED_DEPTH = 1024  # the operands of a shorter one stay in the second-level cache without pace, too
 NEAR_OCTAVES = 4.0  # a factor of 2 in one size is an octave
 
@@ -82,12 +85,13 @@ def rule(product: str, size: Size, gpu: Gpu) -> Tiles:
         paced = size.width >= PACED_DEPTH and rows // 256 * across >= gpu.multiprocessors
         return Tiles.PACED if paced and product != "wgrad" else Tiles.CLUSTER
     if product == "wgrad":
-        depth, down = rows // size.groups, size.groups * -(-size.width // 128)
+        down, deep = size.groups * -(-size.width // TILE_ROWS), rows >= size.groups * WIDE_WGRAD_DEPTH
     else:
-        depth, down = size.width, rows // 128 + min(size.groups + 1, rows)
+        # tiles that are not full have little to do but fetch weights
+        down, deep = rows // TILE_ROWS, size.width >= WIDE_DEPTH and rows >= size.groups * TILE_ROWS
     across = (2 * columns if product == "glu" else columns) // 256
     # wide tiles move fewer bytes, but a multiprocessor holds one only
-    wide = product != "glu_backward" and depth >= WIDE_DEPTH and down * across >= gpu.multiprocessors
+    wide = product != "glu_backward" and deep and down * across >= gpu.multiprocessors
     return Tiles.WIDE if wide else Tiles.NARROW
 
 

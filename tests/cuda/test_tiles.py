@@ -81,12 +81,14 @@ def test_choices_are_possible_ones(card, product):
 
 
 def test_the_rule():
-    """Many wide tiles, a contraction too short for them, too few of them; pace for long contractions only."""
+    """Many wide tiles, a contraction too short for them, too few of them or not full; pace for long contractions."""
     old = CARD._replace(hopper=False)
-    assert rule("gemm_nk", Size(8, 32768, 1024, 4096), old) is Tiles.WIDE
-    assert rule("gemm_nk", Size(8, 32768, 256, 4096), old) is Tiles.NARROW
-    assert rule("gemm_nk", Size(8, 64, 1024, 1024), old) is Tiles.NARROW
-    assert rule("glu_backward", Size(8, 32768, 1024, 4096), old) is Tiles.NARROW
+    for product in ("gemm_nk", "gemm_kn", "glu"):
+        assert rule(product, Size(8, 32768, 2048, 4096), old) is Tiles.WIDE
+        assert rule(product, Size(8, 32768, 1024, 4096), old) is Tiles.NARROW
+        assert rule(product, Size(8, 1024, 2048, 512), old) is Tiles.NARROW
+        assert rule(product, Size(512, 32768, 2048, 4096), old) is Tiles.NARROW
+    assert rule("glu_backward", Size(8, 32768, 2048, 4096), old) is Tiles.NARROW
     assert rule("wgrad", Size(8, 32768, 1024, 4096), old) is Tiles.WIDE
     assert rule("wgrad", Size(128, 32768, 1024, 4096), old) is Tiles.NARROW
     assert rule("glu", Size(8, 32768, 1024, 4096), CARD) is Tiles.PACED
