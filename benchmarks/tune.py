@@ -10,6 +10,7 @@ it is replaced. Where ffmoe is installed, write another with --table and name it
 
 import argparse
 import json
+import os
 import random
 import re
 from functools import partial
@@ -32,6 +33,7 @@ from ffmoe_core.cuda.tiles import (
     table,
     table_path,
 )
+from ffmoe_core.errors import ConfigError
 from layer import expert_weights, problem, release, stage_times
 from memory_kept import SHAPES
 from peers import ffmoe
@@ -90,6 +92,7 @@ def main() -> None:
         raise SystemExit("tune.py measures kernels on an NVIDIA GPU, and there is none here")
     random.seed(0)
     torch.manual_seed(0)
+    kept = opened(arguments.table)
     gpu, head = gpu_of(0), environment()
     points: dict[str, list[list[Any]]] = {product: [] for product in PRODUCTS}
     measured: dict[str, Times] = {}
@@ -101,7 +104,6 @@ def main() -> None:
             choice = fastest(product, size, gpu, measured[name][stage])
             points[product].append([*size, choice])
             print(f"    {stage:14} {choice:8}", *(f"{t} {ms:.4f}" for t, ms in measured[name][stage].items()))
-    kept = json.loads(arguments.table.read_text()) if arguments.table.exists() else {}
     kept[gpu.name] = {
         "multiprocessors": gpu.multiprocessors,
         "compute_capability": head["compute_capability"],
@@ -111,6 +113,21 @@ def main() -> None:
     table.cache_clear()
     table()  # raises if it cannot be read
     write(arguments.out, {**head, "sources": sources_digest(), "gpu": gpu._asdict(), "median_ms": measured})
+
+
+def opened(path: Path) -> dict[str, Any]:
+    """The table as it is, made if there is none: what is wrong with it is found out before anything is measured."""
+    os.environ["FFMOE_TILES"] = str(path)  # whatever it was: this is the table to be used
+    table.cache_clear()
+    try:
+        with path.open("a") as file:
+            if not file.tell():
+                file.write("{}\n")
+        table()
+    except (OSError, ConfigError) as error:
+        raise SystemExit(f"cannot write a table of tiles to {path}: {error}") from None
+    kept: dict[str, Any] = json.loads(path.read_text())
+    return kept
 
 
 def compact(kept: dict[str, Any]) -> str:
