@@ -29,7 +29,7 @@ from lm.data import TextError, corpus_of, default_corpus
 from lm.evaluate import evaluate
 from lm.loop import train
 from lm.model import ModelConfig
-from lm.ranks import Ranks, local_rank
+from lm.ranks import Ranks, local_rank, local_size
 from lm.report import Sample, write_report
 from lm.run import CHECKPOINT, CheckpointError, Run, TrainConfig, read_checkpoint
 from lm.sample import as_text, write
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         folder = folder / f"rank{ranks.rank}"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if args.resume:
-        config, state = read_checkpoint(folder, device)
+        config, state = read_checkpoint(folder, device, ranks)
         check_same(config, chosen(config, args))
     else:
         config, state = chosen(LARGE if device.type == "cuda" else SMALL, args), None
@@ -144,9 +144,15 @@ def rate(text: str) -> float:
 
 
 def choose_device(name: str | None) -> torch.device:
-    if name is None:
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
+    if name is None and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if name in (None, "cuda"):
+        # every process finds this out, so that none waits for another
+        if local_size() > torch.cuda.device_count() > 0:
+            raise UsageError(
+                f"{local_size()} processes on this machine need a GPU each, and {torch.cuda.device_count()} can be "
+                "used: start no more processes than GPUs, or use --device cpu"
+            )
         name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)

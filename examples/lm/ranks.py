@@ -50,6 +50,10 @@ class Ranks:
         else:
             clip_grad_norm_(model, max_norm)
 
+    def gather(self, text: str) -> list[str]:
+        """Every rank's."""
+        return self.comm.gather(text, Step("checkpoint")) if self.size > 1 else [text]
+
     def any(self, here: bool) -> bool:
         """Whether it is so on any rank."""
         if self.size == 1:
@@ -59,5 +63,13 @@ class Ranks:
 
 def local_rank() -> int:
     """This process's number on its machine, which is that of its GPU."""
-    names = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    return _launched("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", 0)
+
+
+def local_size() -> int:
+    """How many processes there are on this machine."""
+    return _launched("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", 1)
+
+
+def _launched(mpich: str, open_mpi: str, alone: int) -> int:
+    return int(os.environ.get(mpich) or os.environ.get(open_mpi) or alone)

@@ -119,22 +119,37 @@ class Run:
                 "the text is not the one this run was started with (a --text file changed, or another Python "
                 "with other sources runs this now); its loss curve cannot be continued"
             )
-        if state["ranks"] != self.ranks.size:
-            raise CheckpointError(
-                f"the run was started with {state['ranks']} processes, this one has {self.ranks.size}; the "
-                "optimizer's state is of another share of the experts"
-            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.history = History(**state["history"])
 
 
-def read_checkpoint(folder: Path, device: torch.device) -> tuple[TrainConfig, dict[str, Any]]:
-    """The checkpoint in ``folder``: its configuration and its state.
+def read_checkpoint(folder: Path, device: torch.device, ranks: Ranks) -> tuple[TrainConfig, dict[str, Any]]:
+    """The checkpoint in ``folder``, this rank's: its configuration and its state.
 
-    Raises CheckpointError where there is none, or where it is damaged or not one of ours.
+    Raises CheckpointError, on every rank, where one has none or it is damaged or not one of ours, where they are not
+    all of one step of one run, and where the run had another number of ranks.
     """
+    wrong = moment = ""
+    try:
+        config, state = _read(folder, device)
+        moment = f"step {state['step']} of {config}, text {state['text_digest']}"
+        if state["ranks"] != ranks.size:
+            wrong = (
+                f"the run was started with {state['ranks']} processes, this one has {ranks.size}; the "
+                "optimizer's state is of another share of the experts"
+            )
+    except CheckpointError as error:
+        wrong = str(error)
+    if wrongs := [text for text in ranks.gather(wrong) if text]:
+        raise CheckpointError(wrongs[0])
+    if len(set(ranks.gather(moment))) > 1:
+        raise CheckpointError("the processes' checkpoints are not of the same step of one run")
+    return config, state
+
+
+def _read(folder: Path, device: torch.device) -> tuple[TrainConfig, dict[str, Any]]:
     path = folder / CHECKPOINT
     try:
         state = torch.load(path, map_location=device, weights_only=True)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -123,7 +124,7 @@ def two(text, tmp_path_factory):
 
 
 def test_the_demo_on_two_processes(text, two, tmp_path):
-    """Step by step the run of one process."""
+    """Step by step the run of one process, which two do not resume."""
     one, two = checkpoint(whole_run(tmp_path, text, 1)), checkpoint(two)
     assert two["history"]["train"] == pytest.approx(one["history"]["train"], rel=1e-4)
     for name, value in one["model"].items():
@@ -131,6 +132,25 @@ def test_the_demo_on_two_processes(text, two, tmp_path):
     output, code = train(tmp_path / "odd", text, 2, "--batch", 3)
     assert code == 2
     assert "--batch 3 is not a multiple of the 2 processes" in output
+    output, code = train(tmp_path, text, 2, "--resume")
+    assert code == 2
+    assert "1 processes, this one has 2" in output
+
+
+# examples/train_lm.py where torch sees one GPU
+ONE_GPU = """
+import runpy, sys, torch
+sys.argv[0] = "examples/train_lm.py"
+sys.path.insert(0, "examples")
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--device", "cuda")])
+def test_the_demo_on_two_processes_with_one_gpu(options):
+    output = failed(start(2, "-c", ONE_GPU, *options))
+    assert "2 processes on this machine need a GPU each, and 1 can be used" in output
 
 
 def test_the_demo_stopped_and_resumed(text, two, tmp_path):
@@ -142,6 +162,14 @@ def test_the_demo_stopped_and_resumed(text, two, tmp_path):
     output, code = train(tmp_path, text, 1, "--resume")
     assert code == 2
     assert "2 processes, this one has 1" in output
+
+    # as a power cut leaves it that comes when the second rank has saved, the first not yet
+    mixed = tmp_path / "mixed"
+    shutil.copytree(two, mixed)
+    shutil.copy(tmp_path / "checkpoint.pt", mixed)
+    output, code = train(mixed, text, 2, "--resume")
+    assert code == 2
+    assert "not of the same step of one run" in output
 
     output, code = run(mpirun(), *shlex.split(again))
     assert code == 0, output
