@@ -1,8 +1,8 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
-from .comm import Communicator
+from .comm import Communicator, Transfer
 from .config import MoEConfig
 from .moe import MoEGrads
 
@@ -13,12 +13,17 @@ LOSS_SCOPES: tuple[str, ...]
 class Sizes(NamedTuple):
     """How much one call exchanges, known on the host."""
 
+    tokens: int  # T of this rank
     sent: tuple[int, ...]  # tokens to each rank, chunk by chunk
     received: tuple[int, ...]  # tokens from each rank, chunk by chunk
     rows: int  # of this rank's experts
 
 class Dispatched(NamedTuple):
-    """What ``ExpertParallel.dispatch`` returns: the tokens that came to this rank, and who goes where."""
+    """What ``ExpertParallel.dispatch`` returns: the tokens that came to this rank, and who goes where.
+
+    Backward reads no more of it than ``sizes``, ``underway`` and these: ``combine_backward`` sending,
+    ``run_experts_backward`` receiving, ``dispatch_backward`` logits, routing, balance, sending and pair_slots.
+    """
 
     received: (
         Any  # [N, W] dtype of x: tokens, by chunk and the rank they came from; with chunks still on their way
@@ -38,6 +43,9 @@ class Dispatched(NamedTuple):
 
 class Underway:
     """With chunks: what one part of a call has started, and the next waits for."""
+
+    def take_arriving(self) -> Sequence[Transfer]:
+        """Of each chunk's rows to the experts, for the caller to wait for; none if they were taken before."""
 
 class ExpertParallelResult(NamedTuple):
     """What ``ExpertParallel.forward`` returns."""
@@ -88,7 +96,7 @@ class ExpertParallel:
     ConfigError : the ranks differ in an option or, in the first call with a dtype, in that of x; the message names
         it with every rank's value. More ranks than experts; an unknown ``loss_scope``; an ``ep_chunks`` that is no
         whole number of at least 1, or with which a rank has more than 1024 pairs of chunk and expert, or of chunk and
-        rank.
+        rank. With chunks, ``combine`` and ``dispatch_backward`` of other rows than the experts', or ahead of them.
     CommError : from any method: a rank is missing or has failed; see ``Communicator``. An error on this rank
         becomes a CommError on the others.
     """

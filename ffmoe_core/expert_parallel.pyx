@@ -45,11 +45,16 @@ from .errors import CommError, ConfigError
 from .moe import MoEGrads, check_capacity, packed_layout
 
 LOSS_SCOPES = ("group", "local")
+STEPS = (
+    "counts", "losses", "dispatch", "combine",
+    "combine backward", "weights backward", "losses backward", "dispatch backward",
+)
 
 
 class Sizes(NamedTuple):
     """How much one call exchanges, known on the host."""
 
+    tokens: int  # T of this rank
     sent: tuple  # tokens to each rank, chunk by chunk
     received: tuple  # tokens from each rank, chunk by chunk
     rows: int  # of this rank's experts
@@ -138,6 +143,8 @@ class ExpertParallel:
             )
         _check_chunks(ep_chunks, config.num_experts, comm.size)
         self.experts = expert_range(config.num_experts, comm.size, comm.rank)
+        self._plans = _Plans(config, comm.size, len(self.experts), ep_chunks)
+        self._steps = {name: Step(name, layer) for name in STEPS}
         self._dtypes = set()  # of x, that the ranks have agreed on
 
     def agree_on_dtype(self, dtype):
@@ -252,86 +259,62 @@ def _check_agreement(comm, step, mine):
 # --- the plans ---
 
 cdef class _Plans:
-    """The three plans of a call, and their sizes."""
+    """How large the three plans of a layer are. Layouts are those of packed_layout."""
 
-    cdef RoutingParts routing, sending, receiving
-    cdef Array routing_block, sending_block, receiving_block
-    cdef tuple routing_layout, sending_layout, receiving_layout  # as of packed_layout
-    cdef int router  # the router's dtype
+    cdef object config
     cdef int64_t num_ranks, num_local
     cdef int num_chunks
     cdef int64_t most_ranks  # D: that a token can go to
     cdef int64_t num_slots  # S: that go with a token
-    cdef int64_t num_sent, num_received, num_rows
 
-    def __cinit__(self, layer, int64_t num_tokens, int router):
-        config = layer.config
-        self.router = router
-        self.num_ranks = layer.comm.size
-        self.num_local = len(layer.experts)
-        self.num_chunks = layer.ep_chunks
-        self.most_ranks = min(config.top_k, self.num_ranks)
-        self.num_slots = min(config.top_k, -(-config.num_experts // self.num_ranks))
-        self.routing_layout = packed_layout(num_tokens, config.top_k, config.num_experts, router)
-        self.sending_layout = packed_layout(
-            num_tokens, self.most_ranks, self.num_ranks * self.num_chunks, router
-        )
+    def __cinit__(self, config, int64_t num_ranks, int64_t num_local, int num_chunks):
+        self.config = config
+        self.num_ranks = num_ranks
+        self.num_local = num_local
+        self.num_chunks = num_chunks
+        self.most_ranks = min(config.top_k, num_ranks)
+        self.num_slots = min(config.top_k, -(-config.num_experts // num_ranks))
 
-    cdef int set_sending(self, Array routing_block, Array sending_block) except -1:
-        self.routing_block = routing_block
-        self.routing = RoutingParts(routing_block, self.routing_layout[1])
-        self.sending_block = sending_block
-        self.sending = RoutingParts(sending_block, self.sending_layout[1])
-        return 0
+    cdef tuple routing_layout(self, int64_t num_tokens, int router):
+        return packed_layout(num_tokens, self.config.top_k, self.config.num_experts, router)
 
-    cdef int set_sizes(self, sizes) except -1:
-        self.num_sent = sum(sizes.sent)
-        self.num_received = sum(sizes.received)
-        self.num_rows = sizes.rows
-        check_rows(self.num_received, self.num_slots)
-        self.receiving_layout = packed_layout(
-            self.num_received, self.num_slots, self.num_local * self.num_chunks, self.router
-        )
-        return 0
+    cdef tuple sending_layout(self, int64_t num_tokens, int router):
+        return packed_layout(num_tokens, self.most_ranks, self.num_ranks * self.num_chunks, router)
 
-    cdef int set_receiving(self, Array receiving_block) except -1:
-        self.receiving_block = receiving_block
-        self.receiving = RoutingParts(receiving_block, self.receiving_layout[1])
-        return 0
+    cdef tuple receiving_layout(self, int64_t num_received, int router):
+        return packed_layout(num_received, self.num_slots, self.num_local * self.num_chunks, router)
 
-    cdef Array row_token(self):
-        """Which received token each of the experts' rows is; the plan's own has room for every slot."""
-        cdef Array index = self.receiving.row_token
-        return index.at(0, (self.num_rows,), INT32)
+    # the plans of an earlier `dispatch`
 
-    cdef Array row_weights(self):
-        cdef Array weights = self.receiving.row_weights
-        return weights.at(0, (self.num_rows,), weights.dtype)
+    cdef RoutingParts routing(self, dispatched, int router):
+        layout = self.routing_layout(dispatched.sizes.tokens, router)
+        return parts_of(dispatched.routing, "dispatched.routing", layout)
+
+    cdef RoutingParts sending(self, dispatched, int router):
+        layout = self.sending_layout(dispatched.sizes.tokens, router)
+        return parts_of(dispatched.sending, "dispatched.sending", layout)
+
+    cdef RoutingParts receiving(self, dispatched, int router):
+        layout = self.receiving_layout(sum(dispatched.sizes.received), router)
+        return parts_of(dispatched.receiving, "dispatched.receiving", layout)
 
 
-cdef _Plans plans_of(layer, dispatched, int64_t num_tokens, int router):
-    """The plans of an earlier ``dispatch``."""
-    cdef _Plans plans = _Plans(layer, num_tokens, router)
-    plans.set_sizes(dispatched.sizes)
-    plans.set_sending(
-        block_of(dispatched.routing, "dispatched.routing", plans.routing_layout),
-        block_of(dispatched.sending, "dispatched.sending", plans.sending_layout),
-    )
-    plans.set_receiving(block_of(dispatched.receiving, "dispatched.receiving", plans.receiving_layout))
-    return plans
-
-
-cdef Array block_of(object block, str name, tuple layout):
+cdef RoutingParts parts_of(object block, str name, tuple layout):
     cdef Array array = view(block, name)
     check_shape(array, name, "[RoutingLayout.nbytes]", layout[0])
     check_dtype(array, name, (<int>UINT8,))
-    return array
+    return RoutingParts(array, layout[1])
 
 
-cdef Array balance_of(_Plans plans):
+cdef Array first(Array array, int64_t count):
+    """The first elements of an array; a plan's rows have room for every slot."""
+    return array.at(0, (count,), array.dtype)
+
+
+cdef Array balance_of(Array routing_block, int64_t num_experts):
     """int32 [2E + 1]: expert_offsets and tokens_per_expert, which stand together at the end of the block."""
-    cdef int64_t size = 2 * plans.routing.tokens_per_expert.dims[0] + 1
-    return plans.routing_block.at(plans.routing_block.nbytes - 4 * size, (size,), INT32)
+    cdef int64_t size = 2 * num_experts + 1
+    return routing_block.at(routing_block.nbytes - 4 * size, (size,), INT32)
 
 
 # --- dispatch ---
@@ -344,8 +327,9 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
     cdef int64_t T = tokens.dims[0], width = tokens.dims[1], E = config.num_experts, K = config.top_k
     cdef int W = router_dtype(tokens)
     check_rows(T, K)
-    cdef _Plans plans = _Plans(layer, T, W)
+    cdef _Plans plans = layer._plans
     cdef int64_t P = plans.num_ranks, D = plans.most_ranks, S = plans.num_slots
+    cdef int C = plans.num_chunks
     check_rows(T * D, S)
     if router_input is not None:
         routed = view(router_input, "router_input")
@@ -361,16 +345,16 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
     cdef bint group = layer.loss_scope == "group"
 
     # who goes to which expert
-    plans.set_sending(
-        space.empty((plans.routing_layout[0],), UINT8),
-        space.empty((plans.sending_layout[0],), UINT8),
-    )
     cdef Array logits = space.empty((T, E), W)
-    cdef Array losses = space.empty((3,), W)
-    cdef Array sums = space.empty((2, E + 2), FLOAT64) if group else None  # this rank's, the group's
-    plan, sending = plans.routing, plans.sending
     backend.gate_logits(space, routed, gate, logits)
     check_finite(space, logits)
+    layout, sending_layout = plans.routing_layout(T, W), plans.sending_layout(T, W)
+    cdef Array routing_block = space.empty((layout[0],), UINT8)
+    cdef Array sending_block = space.empty((sending_layout[0],), UINT8)
+    cdef RoutingParts plan = RoutingParts(routing_block, layout[1])
+    cdef RoutingParts sending = RoutingParts(sending_block, sending_layout[1])
+    cdef Array losses = space.empty((3,), W)
+    cdef Array sums = space.empty((2, E + 2), FLOAT64) if group else None  # this rank's, the group's
     cdef Array own_sums = sums.at(0, (E + 2,), FLOAT64) if group else None
     capacity = config.capacity(T)
     backend.route_and_sort(
@@ -383,7 +367,6 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
 
     # and so to which rank; a sort wants weights, but nothing reads these
     cdef Array any_weights = plan.topk_weights
-    cdef int C = plans.num_chunks
     backend.dispatch_ranks(space, plan.topk_idx, plan.token_rows, E, P, sending.topk_idx, C)
     backend.sort(
         space, sending.topk_idx, any_weights.at(0, (T, D), W), -1, "position",
@@ -400,31 +383,40 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
         space, plan.topk_idx, plan.topk_weights, plan.token_rows, plan.expert_offsets, sending.topk_idx,
         sending.token_rows, sending.expert_offsets, slot_experts, slot_weights, pair_slots, counts_out, C,
     )
-    counting = comm.all_to_all(space, counts_out, counts_in, Step("counts", layer.layer))
-    reading = comm.read(space, counts, Step("counts", layer.layer))
-    # the losses' sums cross while the host is at the counts
+    step = layer._steps["counts"]
+    counting = comm.all_to_all(space, counts_out, counts_in, step)
+    reading = comm.read(space, counts, step)
+    # while the host is at the counts, the losses' sums cross, and all is done that does not depend on them
     cdef Array balance = None, group_sums
     if group:
         balance = space.empty((2 * E + 1,), INT32)
         group_sums = sums.at(8 * (E + 2), (E + 2,), FLOAT64)
         summing = comm.all_reduce(
-            space, [(balance_of(plans), balance), (own_sums, group_sums)], Step("losses", layer.layer)
+            space, [(balance_of(routing_block, E), balance), (own_sums, group_sums)], layer._steps["losses"]
         )
     cdef Array packed = space.empty((T * D, width), tokens.dtype)
     backend.permute(space, tokens, sending.row_token, sending.expert_offsets, packed)
+    if group:
+        summing.wait()
+        backend.router_losses(space, config, group_sums, balance.at(4 * (E + 1), (E,), INT32), losses)
+    kept = [
+        None if part is None else space.export(part)
+        for part in (losses, logits, routing_block, balance, sending_block, pair_slots)
+    ]
+    step = layer._steps["dispatch"]
     counting.wait()
-    known = reading()
-    by_chunk = known[:, :, :C].swapaxes(1, 2).reshape(2, C * P)
-    sizes = Sizes(*map(tuple, by_chunk.tolist()), int(known[1, :, C].sum()))
-    plans.set_sizes(sizes)
+    sizes = sizes_of(T, reading(), C)
 
     # the tokens cross
-    plans.set_receiving(space.empty((plans.receiving_layout[0],), UINT8))
-    receiving = plans.receiving
-    cdef Array received = space.empty((plans.num_received, width), tokens.dtype)
-    cdef Array weights = space.empty((plans.num_received, S), W)
+    cdef int64_t N = sum(sizes.received)
+    check_rows(N, S)
+    layout = plans.receiving_layout(N, W)
+    cdef Array receiving_block = space.empty((layout[0],), UINT8)
+    cdef RoutingParts receiving = RoutingParts(receiving_block, layout[1])
+    cdef Array received = space.empty((N, width), tokens.dtype)
+    cdef Array weights = space.empty((N, S), W)
     slots = [(slot_experts, receiving.topk_idx), (slot_weights, weights)]
-    step, underway = Step("dispatch", layer.layer), None
+    underway = None
     if C == 1:
         comm.all_to_all_v(space, [(packed, received), *slots], sizes.sent, sizes.received, step).wait()
     else:
@@ -439,17 +431,20 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
         space, receiving.topk_idx, weights, -1, "position",
         receiving.expert_offsets, receiving.row_token, receiving.row_weights, receiving.token_rows,
     )
-    if group:
-        summing.wait()
-        backend.router_losses(space, config, group_sums, balance.at(4 * (E + 1), (E,), INT32), losses)
-    parts = (received, weights, losses, logits, plans.routing_block)
-    others = (plans.sending_block, pair_slots, plans.receiving_block)
     return Dispatched(
-        *[space.export(part) for part in parts],
-        None if balance is None else space.export(balance),
-        *[space.export(part) for part in others],
-        sizes,
-        underway,
+        space.export(received), space.export(weights), *kept, space.export(receiving_block), sizes, underway
+    )
+
+
+cdef object sizes_of(int64_t num_tokens, counts, int num_chunks):
+    """Sizes from the counts [to and from each rank, P, chunks and pairs]."""
+    to_ranks, from_ranks = counts.tolist()
+    chunks = range(num_chunks)
+    return Sizes(
+        num_tokens,
+        tuple([rank[chunk] for chunk in chunks for rank in to_ranks]),
+        tuple([rank[chunk] for chunk in chunks for rank in from_ranks]),
+        sum([rank[num_chunks] for rank in from_ranks]),
     )
 
 
@@ -485,11 +480,12 @@ def _dispatch_backward(
     check_floating(tokens, "x")
     cdef int64_t T = tokens.dims[0], width = tokens.dims[1], E = config.num_experts, H = config.d_model
     cdef int W = router_dtype(tokens), K = config.top_k
-    cdef _Plans plans = plans_of(layer, dispatched, T, W)
-    cdef int64_t S = plans.num_slots, N = plans.num_sent
-    check_shape(d_tokens, "d_received", "[N, width]", plans.num_received, width)
+    cdef _Plans plans = layer._plans
+    cdef RoutingParts plan = plans.routing(dispatched, W), sending = plans.sending(dispatched, W)
+    cdef int64_t S = plans.num_slots, N = sum(dispatched.sizes.received)
+    check_shape(d_tokens, "d_received", "[N, width]", N, width)
     check_like(d_tokens, "d_received", tokens, "x")
-    check_shape(d_slots, "d_weights", "[N, slots]", plans.num_received, S)
+    check_shape(d_slots, "d_weights", "[N, slots]", N, S)
     check_dtype(d_slots, "d_weights", (W,))
     check_device(d_slots, "d_weights", tokens, "x")
     if router_input is not None:
@@ -525,33 +521,32 @@ def _dispatch_backward(
     if underway is not None and underway.weighing is not None:
         (d_pairs, weighing), underway.weighing = underway.weighing, None
     else:
-        d_pairs, weighing = weights_home(layer, space, dispatched, plans, d_slots)
-    cdef Array tokens_per_expert = plans.routing.tokens_per_expert, balance, own_d_losses
+        d_pairs, weighing = weights_home(layer, space, dispatched, d_slots)
+    cdef Array tokens_per_expert = plan.tokens_per_expert, balance, own_d_losses
     cdef bint group = layer.loss_scope == "group" and layer.has_losses
     if group:
         own_d_losses = d_losses
         d_losses = space.empty((3,), W)  # of the sum of all ranks' objectives, each of which holds the losses
-        summing = comm.all_reduce(space, [(own_d_losses, d_losses)], Step("losses backward", layer.layer))
+        summing = comm.all_reduce(space, [(own_d_losses, d_losses)], layer._steps["losses backward"])
         balance = view(dispatched.balance, "dispatched.balance")
         check_shape(balance, "dispatched.balance", "[2 * num_experts + 1]", 2 * E + 1)
         check_dtype(balance, "dispatched.balance", (<int>INT32,))
         tokens_per_expert = balance.at(4 * (E + 1), (E,), INT32)
     (returned,), transfers = landing_of(
-        layer, space, dispatched, plans, [d_tokens], Step("dispatch backward", layer.layer)
+        layer, space, dispatched, [d_tokens], layer._steps["dispatch backward"]
     )
     between = None if meanwhile is None else meanwhile()
     weighing.wait()
     if group:
         summing.wait()
     cdef Array d_logits = space.empty((T, E), W)
-    plan = plans.routing
     backend.route_backward(
         space, config, logits, plan.topk_idx, plan.topk_weights, tokens_per_expert,
-        pair_slots, d_pairs.at(0, (N * S,), W), d_losses, d_logits,
+        pair_slots, first(d_pairs, d_pairs.size), d_losses, d_logits,
     )
     cdef Array d_gate = space.empty((E, H), gate.dtype)
     cdef Array dx = space.empty((T, width), tokens.dtype), d_router = None
-    token_rows = plans.sending.token_rows
+    token_rows = sending.token_rows
     if router_input is None:
         backend.gate_backward(space, d_logits, tokens, gate, None, None, None, d_gate)
         for transfer in transfers:
@@ -571,20 +566,31 @@ def _dispatch_backward(
     )
 
 
-def weights_home(layer, space, dispatched, _Plans plans, d_slots):
+def landing_for(space, dispatched, array):
+    """Where rows [num_received, n] land that go home: an Array [num_sent, n]."""
+    return space.empty((sum(dispatched.sizes.sent), *array.shape[1:]), array.dtype)
+
+
+def weights_home(layer, space, dispatched, d_slots):
     """(Array [num_sent, slots], Transfer): the weights' gradients on their way home, those of all chunks."""
-    landing = space.empty((plans.num_sent, *d_slots.shape[1:]), d_slots.dtype)
-    sizes, step = dispatched.sizes, Step("weights backward", layer.layer)
-    return landing, layer.comm.all_to_all_v(space, [(d_slots, landing)], sizes.received, sizes.sent, step)
+    landing, sizes = landing_for(space, dispatched, d_slots), dispatched.sizes
+    return landing, layer.comm.all_to_all_v(
+        space, [(d_slots, landing)], sizes.received, sizes.sent, layer._steps["weights backward"]
+    )
 
 
-def landing_of(layer, space, dispatched, _Plans plans, arrays, step):
+def landing_of(layer, space, dispatched, arrays, step):
     """(Arrays [num_sent, n], Transfers): where received rows land that go home, and what is to be waited for.
 
     They are on their way since ``run_experts`` or its gradient, or start now.
     """
     cdef Array own = arrays[0], sent
     underway, sizes = dispatched.underway, dispatched.sizes
+    if underway is not None and underway.arriving:
+        raise ConfigError(
+            f"ep_chunks={layer.ep_chunks}: rows are still on their way to the experts, which wait for them, so that "
+            f"{step.name} comes after run_experts or its gradient"
+        )
     if underway is not None and underway.returning:
         sent, landing, transfers = underway.rows, underway.landing, underway.returning
         underway.rows, underway.landing, underway.returning = None, (), ()
@@ -594,11 +600,11 @@ def landing_of(layer, space, dispatched, _Plans plans, arrays, step):
                 f"{step.name} takes what they returned and nothing else"
             )
         return landing, transfers
-    landing = [space.empty((plans.num_sent, *array.shape[1:]), array.dtype) for array in arrays]
+    landing = [landing_for(space, dispatched, array) for array in arrays]
     parts = list(zip(arrays, landing, strict=True))
     return landing, [
         exchange_chunk(layer.comm, space, parts, sizes.received, sizes.sent, chunk, step)
-        for chunk in range(plans.num_chunks)
+        for chunk in range(layer.ep_chunks)
     ]
 
 
@@ -611,10 +617,10 @@ cdef int check_gate(Array gate, config, Array tokens) except -1:
 
 # --- this rank's experts ---
 
-cdef int check_experts(layer, Array received, Array up, Array down, _Plans plans) except -1:
+cdef int check_experts(layer, Array received, Array up, Array down, dispatched) except -1:
     config = layer.config
-    cdef int64_t L = plans.num_local, H = config.d_model, I = config.ffn_dim // 2
-    check_shape(received, "received", "[N, d_model]", plans.num_received, H)
+    cdef int64_t L = len(layer.experts), H = config.d_model, I = config.ffn_dim // 2
+    check_shape(received, "received", "[N, d_model]", sum(dispatched.sizes.received), H)
     check_shape(up, "w_up", "[experts of this rank, ffn_dim, d_model]", L, 2 * I, H)
     check_like(up, "w_up", received, "received")
     check_shape(down, "w_down", "[experts of this rank, d_model, ffn_dim // 2]", L, H, I)
@@ -622,29 +628,25 @@ cdef int check_experts(layer, Array received, Array up, Array down, _Plans plans
     return 0
 
 
-cdef int64_t tokens_of(layer, dispatched) except -1:
-    return view(dispatched.logits, "dispatched.logits").dims[0]
-
-
 def _run_experts(layer, received, dispatched, w_up, w_down, save_for_backward):
     config = layer.config
     cdef Array tokens = view(received, "received"), up = view(w_up, "w_up"), down = view(w_down, "w_down")
     check_floating(tokens, "received")
-    cdef _Plans plans = plans_of(layer, dispatched, tokens_of(layer, dispatched), router_dtype(tokens))
-    check_experts(layer, tokens, up, down, plans)
+    check_experts(layer, tokens, up, down, dispatched)
+    cdef _Plans plans = layer._plans
+    cdef RoutingParts receiving = plans.receiving(dispatched, router_dtype(tokens))
     cdef Array weights = view(dispatched.weights, "dispatched.weights")
     cdef Space space = space_of(received, tokens)
     backend = backend_for(space)
-    cdef int64_t R = plans.num_rows, I = config.ffn_dim // 2, H = config.d_model
-    receiving = plans.receiving
+    cdef int64_t R = dispatched.sizes.rows, I = config.ffn_dim // 2, H = config.d_model
     cdef Array z = None
     if save_for_backward and not config.recompute_activations:
         z = space.empty((R, 2 * I), tokens.dtype)
     cdef Array a = space.empty((R, I), tokens.dtype)
     cdef Array y = space.empty((R, H), tokens.dtype)
-    cdef Array rows = space.empty((plans.num_received, H), tokens.dtype)
-    cdef Array offsets = receiving.expert_offsets, row_token = plans.row_token()
-    home = Homeward(layer, space, dispatched, plans, [rows], "combine")
+    cdef Array rows = space.empty((tokens.dims[0], H), tokens.dtype)
+    cdef Array offsets = receiving.expert_offsets, row_token = first(receiving.row_token, R)
+    home = Homeward(layer, space, dispatched, [rows], "combine")
     cdef int C = plans.num_chunks, chunk
     for chunk in range(C):
         home.wait_for(chunk)
@@ -660,18 +662,16 @@ cdef class Homeward:
 
     cdef object comm, space, underway, sizes, arriving, parts, step
 
-    def __cinit__(self, layer, space, dispatched, _Plans plans, arrays, name):
+    def __cinit__(self, layer, space, dispatched, arrays, name):
         self.comm = layer.comm
         self.space = space
         self.sizes = dispatched.sizes
         self.underway = dispatched.underway
-        self.step = Step(name, layer.layer)
+        self.step = layer._steps[name]
         if self.underway is not None:
             self.arriving = self.underway.take_arriving()
             self.underway.rows = arrays[0]
-            self.underway.landing = [
-                space.empty((plans.num_sent, *array.shape[1:]), array.dtype) for array in arrays
-            ]
+            self.underway.landing = [landing_for(space, dispatched, array) for array in arrays]
             self.underway.returning = []
             self.parts = list(zip(arrays, self.underway.landing, strict=True))
 
@@ -700,16 +700,17 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
     cdef Array d_out = view(d_rows, "d_rows"), z
     check_floating(tokens, "received")
     cdef int W = router_dtype(tokens)
-    cdef _Plans plans = plans_of(layer, dispatched, tokens_of(layer, dispatched), W)
-    check_experts(layer, tokens, up, down, plans)
-    cdef int64_t R = plans.num_rows, N = plans.num_received, L = plans.num_local, S = plans.num_slots
+    check_experts(layer, tokens, up, down, dispatched)
+    cdef _Plans plans = layer._plans
+    cdef RoutingParts receiving = plans.receiving(dispatched, W)
+    cdef int64_t R = dispatched.sizes.rows, N = tokens.dims[0], L = plans.num_local, S = plans.num_slots
     cdef int64_t I = config.ffn_dim // 2, H = config.d_model
     check_shape(d_out, "d_rows", "[N, d_model]", N, H)
     check_like(d_out, "d_rows", tokens, "received")
     cdef Space space = space_of(received, tokens)
     backend = backend_for(space)
-    receiving = plans.receiving
-    cdef Array offsets = receiving.expert_offsets, row_token = plans.row_token()
+    cdef Array offsets = receiving.expert_offsets, row_token = first(receiving.row_token, R)
+    cdef Array row_weights = first(receiving.row_weights, R)
     cdef Array pa = space.empty((R, I), tokens.dtype)
     if kept_z is not None:
         z = view(kept_z, "z")
@@ -721,7 +722,7 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
     cdef Array dx_rows = space.empty((R, H), tokens.dtype)
     cdef Array d_tokens = space.empty((N, H), tokens.dtype), d_slots = space.empty((N, S), W)
     cdef Array dp, rows_of_slots, d_slots_part
-    home = Homeward(layer, space, dispatched, plans, [d_tokens], "dispatch backward")
+    home = Homeward(layer, space, dispatched, [d_tokens], "dispatch backward")
     cdef int C = plans.num_chunks, chunk
     for chunk in range(C):
         if kept_z is None:
@@ -730,7 +731,7 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
         home.wait_for(chunk)
         dp = space.empty((R, 1), W)  # only this chunk's rows are of use
         backend.grouped_glu_backward(
-            space, d_out, down, offsets, row_token, plans.row_weights(), z, config.activation, dz, pa,
+            space, d_out, down, offsets, row_token, row_weights, z, config.activation, dz, pa,
             dp.at(0, (R,), W), C, chunk,
         )
         backend.grouped_gemm(space, dz, up, offsets, None, False, dx_rows, C, chunk)
@@ -743,7 +744,7 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
             d_slots_part.at(0, (rows_of_slots.size, 1), W),
         )
         if chunk == C - 1 and dispatched.underway is not None:
-            dispatched.underway.weighing = weights_home(layer, space, dispatched, plans, d_slots)
+            dispatched.underway.weighing = weights_home(layer, space, dispatched, d_slots)
         home.start(chunk)
     z = dx_rows = None
 
@@ -776,34 +777,34 @@ def _combine(layer, rows, dispatched):
     cdef Array source = view(rows, "rows")
     check_shape(source, "rows", "[N, width]", -1, -1)
     check_floating(source, "rows")
-    cdef int64_t T = tokens_of(layer, dispatched), width = source.dims[1]
-    cdef _Plans plans = plans_of(layer, dispatched, T, router_dtype(source))
-    check_shape(source, "rows", "[N, width]", plans.num_received, width)
+    sizes = dispatched.sizes
+    check_shape(source, "rows", "[N, width]", sum(sizes.received), -1)
+    cdef _Plans plans = layer._plans
+    cdef RoutingParts sending = plans.sending(dispatched, router_dtype(source))
     cdef Space space = space_of(rows, source)
-    (returned,), transfers = landing_of(layer, space, dispatched, plans, [source], Step("combine", layer.layer))
+    (returned,), transfers = landing_of(layer, space, dispatched, [source], layer._steps["combine"])
     for transfer in transfers:
         transfer.wait()
-    cdef Array output = space.empty((T, width), source.dtype)
-    backend_for(space).combine(space, returned, plans.sending.token_rows, None, output)
+    cdef Array output = space.empty((sizes.tokens, source.dims[1]), source.dtype)
+    backend_for(space).combine(space, returned, sending.token_rows, None, output)
     return space.export(output)
 
 
 def _combine_backward(layer, grad_output, dispatched):
     cdef Array d_out = view(grad_output, "grad_output")
-    cdef int64_t T = tokens_of(layer, dispatched)
-    check_shape(d_out, "grad_output", "[T, width]", T, -1)
+    step, sizes = layer._steps["combine backward"], dispatched.sizes
+    check_shape(d_out, "grad_output", "[T, width]", sizes.tokens, -1)
     check_floating(d_out, "grad_output")
     cdef int64_t width = d_out.dims[1]
-    cdef _Plans plans = plans_of(layer, dispatched, T, router_dtype(d_out))
+    cdef _Plans plans = layer._plans
+    cdef RoutingParts sending = plans.sending(dispatched, router_dtype(d_out))
     cdef Space space = space_of(grad_output, d_out)
-    sending = plans.sending
-    cdef Array packed = space.empty((plans.num_sent, width), d_out.dtype)
+    cdef Array packed = space.empty((sum(sizes.sent), width), d_out.dtype)
     backend_for(space).permute(space, d_out, sending.row_token, sending.expert_offsets, packed)
-    cdef Array d_rows = space.empty((plans.num_received, width), d_out.dtype)
-    step, sizes = Step("combine backward", layer.layer), dispatched.sizes
+    cdef Array d_rows = space.empty((sum(sizes.received), width), d_out.dtype)
     transfers = [
         exchange_chunk(layer.comm, space, [(packed, d_rows)], sizes.sent, sizes.received, chunk, step)
-        for chunk in range(plans.num_chunks)
+        for chunk in range(layer.ep_chunks)
     ]
     if dispatched.underway is None:
         for transfer in transfers:

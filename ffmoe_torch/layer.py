@@ -348,7 +348,10 @@ class MoELayer(nn.Module):
         Raises
         ------
         ConfigError : the ranks' layers differ in an option or dtype, which the message names; an unknown option
-            here; a layer that is sharded already.
+            here; an ``ep_chunks`` that is no whole number of at least 1, too many or beside ``latent_dim``; more
+            ranks than experts; a layer that is sharded already.
+        DeviceError : "nccl" for a layer on a CPU.
+        MissingDependencyError : the transport needs mpi4py or CuPy.
         CommError : not all ranks came within the timeout.
         """
         if self._sharded is not None:

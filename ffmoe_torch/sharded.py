@@ -17,11 +17,13 @@ from ffmoe_core import ExpertParallel, expert_range
 from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import Communicator, Step
 from ffmoe_core.errors import CommError, ConfigError
-from ffmoe_core.expert_parallel import Dispatched, Underway
+from ffmoe_core.expert_parallel import Dispatched, Sizes, Underway
 
 from .functional import autocast, refuse_functorch, refuse_tangents
 
 GRAD_REDUCTIONS = ("mean", "sum")
+
+_NOTHING: dict[str, Any] = dict.fromkeys(Dispatched._fields)
 
 _graph_task = torch._C._current_graph_task_id  # the number of the running backward pass
 
@@ -86,7 +88,8 @@ class ShardedExperts:
         """The routed experts' output for tokens [T, H]. With projections, what crosses is as narrow as they are.
 
         ``weight_sums`` as for ``routed_experts``. ``start_beside()`` launches what can run while tokens cross: in
-        forward after the dispatch has started, and so in backward after the gradients' way to the experts has.
+        forward after the experts' products, for which the device would wait meanwhile, and so in backward after the
+        gradients' way to the experts has started.
         """
         wire = tokens
         self.telling(_refuse_transforms, tokens, router_input, gate_weight, w_up, w_down)
@@ -100,10 +103,10 @@ class ShardedExperts:
         received, weights, losses = _Dispatch.apply(
             call, wire, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask
         )
-        started = None if start_beside is None else self.telling(start_beside)
         if proj_up is not None:
             (received,) = _autocast(self.telling(proj_up, received))
         rows = _Experts.apply(call, received, weights, w_up.detach(), w_down.detach(), received.requires_grad)
+        started = None if start_beside is None else self.telling(start_beside)
         if proj_down is not None:
             (rows,) = _autocast(self.telling(proj_down, rows))
         output = _Combine.apply(call, rows)
@@ -169,6 +172,7 @@ class _Call:
         self.weight_sums = weight_sums
         self.expert_parallel = sharded.expert_parallel
         self.dispatched: Dispatched | None = None
+        self.sizes: Sizes | None = None
         # with the number of their backward pass: one that ends between experts and dispatch leaves them behind
         self.weight_gradients: tuple[int, Callable[..., WeightGradients]] | None = None
         self.underway: tuple[int, Underway] | None = None
@@ -178,27 +182,18 @@ class _Call:
         if self.expert_parallel.ep_chunks > 1:
             self.underway = _graph_task(), Underway()
 
-    def underway_in_backward(self) -> Underway | None:
+    def dispatched_again(self, **parts: Tensor | None) -> Dispatched:
+        """In backward: those parts of what was dispatched that a function's gradient reads."""
         graph_task, underway = self.underway or (-1, None)
-        return underway if graph_task == _graph_task() else None
+        if graph_task != _graph_task():
+            underway = None
+        return Dispatched(**_NOTHING | parts | {"sizes": self.sizes, "underway": underway})
 
     def take(self) -> Dispatched:
         """Of the forward call; what backward needs is in autograd's keeping, which knows when to let go."""
         dispatched, self.dispatched = self.dispatched, None
         assert dispatched is not None
         return dispatched
-
-
-def _save(ctx: Any, dispatched: Dispatched, *tensors: Tensor | None) -> None:
-    ctx.sizes = dispatched.sizes
-    ctx.save_for_backward(*tensors, dispatched.weights, *dispatched[3:-2])
-
-
-def _saved(ctx: Any) -> tuple[list[Tensor | None], Dispatched]:
-    *tensors, weights, logits, routing, balance, sending, pair_slots, receiving = ctx.saved_tensors
-    underway = ctx.call.underway_in_backward()
-    rest = (logits, routing, balance, sending, pair_slots, receiving, ctx.sizes, underway)
-    return tensors, Dispatched(None, weights, None, *rest)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -218,15 +213,28 @@ class _Dispatch(torch.autograd.Function):
         call.dispatched = dispatched = call.expert_parallel.dispatch(
             x, gate_weight, router_input=router_input, expert_bias=expert_bias, valid_mask=valid_mask
         )
+        call.sizes = dispatched.sizes
         ctx.call = call
-        _save(ctx, dispatched, x, router_input, gate_weight)
+        ctx.save_for_backward(
+            x,
+            router_input,
+            gate_weight,
+            dispatched.logits,
+            dispatched.routing,
+            dispatched.balance,
+            dispatched.sending,
+            dispatched.pair_slots,
+        )
         return dispatched.received, dispatched.weights, dispatched.losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, router_input, gate_weight), dispatched = _saved(ctx)
+        x, router_input, gate_weight, logits, routing, balance, sending, pair_slots = ctx.saved_tensors
         call: _Call = ctx.call
+        dispatched = call.dispatched_again(
+            logits=logits, routing=routing, balance=balance, sending=sending, pair_slots=pair_slots
+        )
         (graph_task, weight_gradients), call.weight_gradients = call.weight_gradients or (-1, None), None
         meanwhile = None
         if weight_gradients is not None and graph_task == _graph_task() and any(ctx.needs_input_grad[4:6]):
@@ -262,14 +270,15 @@ class _Experts(torch.autograd.Function):
             received, call.dispatched, w_up, w_down, save_for_backward=keep
         )
         ctx.call = call
-        _save(ctx, call.dispatched, received, z, w_up, w_down)
+        ctx.save_for_backward(received, z, w_up, w_down, call.dispatched.receiving)
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (received, z, w_up, w_down), dispatched = _saved(ctx)
+        received, z, w_up, w_down, receiving = ctx.saved_tensors
         call: _Call = ctx.call
+        dispatched = call.dispatched_again(receiving=receiving)
         d_received, d_weights, weight_gradients = call.expert_parallel.run_experts_backward(
             grads[0].contiguous(), received, z, dispatched, w_up, w_down
         )
@@ -282,12 +291,19 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, rows: Tensor) -> Tensor:
         assert call.dispatched is not None
         ctx.call = call
-        _save(ctx, call.dispatched)
+        ctx.save_for_backward(call.dispatched.sending)
         return call.expert_parallel.combine(rows.contiguous(), call.dispatched)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.call.start_backward()
-        _, dispatched = _saved(ctx)
-        return None, ctx.call.expert_parallel.combine_backward(grads[0].contiguous(), dispatched)
+        call: _Call = ctx.call
+        call.start_backward()
+        (sending,) = ctx.saved_tensors
+        dispatched = call.dispatched_again(sending=sending)
+        d_rows = call.expert_parallel.combine_backward(grads[0].contiguous(), dispatched)
+        if dispatched.underway is not None and torch.is_anomaly_check_nan_enabled():
+            # autograd looks for NaN among the rows at once
+            for transfer in dispatched.underway.take_arriving():
+                transfer.wait()
+        return None, d_rows

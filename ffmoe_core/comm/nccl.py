@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..errors import CommError, DeviceError, MissingDependencyError
 from .base import DEFAULT_TIMEOUT, SET_UP, WatchedCommunicator
 from .communicator import Parts, Step
 from .control import Control
-from .host import cut_by_rank, row_bytes
+from .host import row_bytes
 
 
 def _load_library() -> None:
@@ -50,9 +51,6 @@ except ImportError as error:
 TICK_SECONDS = 0.05  # between two looks at the exchanges under way
 HIGH_PRIORITY = -1  # of a stream: its blocks come first wherever a multiprocessor has room
 NOT_READY = 600  # cudaErrorNotReady
-
-# sent, its bytes by rank, received, its bytes by rank
-Cuts = list[tuple[Array, list[slice], Array, list[slice]]]
 
 
 @dataclass
@@ -100,17 +98,20 @@ class NcclCommunicator(WatchedCommunicator):
         recv_counts: Sequence[int],
         step: Step,
     ) -> "NcclTransfer":
-        cuts = [
-            (
-                send,
-                cut_by_rank(send_counts, row_bytes(send)),
-                recv,
-                cut_by_rank(recv_counts, row_bytes(recv)),
-            )
-            for send, recv in parts
-        ]
+        to_ranks, from_ranks = self._runs(send_counts), self._runs(recv_counts)
+
+        def launch() -> None:
+            stream = self._stream.ptr
+            for send, recv in parts:
+                address, width = send.ptr, row_bytes(send)
+                for first, rows, rank in to_ranks:
+                    self._comm.send(address + first * width, rows * width, nccl.NCCL_UINT8, rank, stream)
+                address, width = recv.ptr, row_bytes(recv)
+                for first, rows, rank in from_ranks:
+                    self._comm.recv(address + first * width, rows * width, nccl.NCCL_UINT8, rank, stream)
+
         self._count_bytes(parts, send_counts, step)
-        return self._exchange(space, parts, step, lambda: self._send_and_receive(cuts))
+        return self._exchange(space, parts, step, launch)
 
     def all_reduce(self, space: Space, parts: Parts, step: Step) -> "NcclTransfer":
         def launch() -> None:
@@ -129,29 +130,25 @@ class NcclCommunicator(WatchedCommunicator):
                 self._pinned.ptr, array.ptr, array.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr
             )
             copied = _record(self._stream.ptr)
+        memory = np.frombuffer(self._pinned, DTYPE_NAMES[array.dtype], array.size).reshape(array.shape)
 
         def finish() -> np.ndarray:
             while not (_is_over(copied) or self._watch.failed):
                 time.sleep(0)  # the device idles until the counts are known, so the host does not
             if self._watch.failed:  # and what was copied is not what was to come
                 self._watch.begin(step)  # raises
-            memory = np.frombuffer(self._pinned, DTYPE_NAMES[array.dtype], array.size)
-            return memory.reshape(array.shape).copy()
+            return memory.copy()
 
         return finish
 
-    def _send_and_receive(self, cuts: Cuts) -> None:
-        """A rank's rows to itself go the same way: a copy beside the others would take their bandwidth."""
-        stream = self._stream.ptr
-        for send, to_send, recv, to_recv in cuts:
-            for place, rank in self._in_rounds(len(to_send), (*self._others, self.rank)):
-                out, come = to_send[place], to_recv[place]
-                if out.stop > out.start:
-                    self._comm.send(send.ptr + out.start, out.stop - out.start, nccl.NCCL_UINT8, rank, stream)
-                if come.stop > come.start:
-                    self._comm.recv(
-                        recv.ptr + come.start, come.stop - come.start, nccl.NCCL_UINT8, rank, stream
-                    )
+    def _runs(self, counts: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(first row, rows, rank) wherever there are rows.
+
+        A rank's rows to itself go the same way: a copy beside the others would take their bandwidth.
+        """
+        before = list(accumulate(counts, initial=0))
+        places = self._in_rounds(len(counts), (*self._others, self.rank))
+        return [(before[place], counts[place], rank) for place, rank in places if counts[place]]
 
     def _exchange(self, space: Space, parts: Parts, step: Step, launch: Callable[[], None]) -> "NcclTransfer":
         """What is launched goes to the exchanges' stream, after all that the caller's stream has to do so far."""

@@ -364,6 +364,15 @@ def other_rows(comm):
         layer.combine(2 * rows, dispatched)
 
 
+@case("with chunks rows that are on their way to the experts")
+def rows_without_experts(comm):
+    layer = ExpertParallel(LocalCommunicator(), BASE, ep_chunks=2)
+    weights = group_layer(BASE, [5], "float32")
+    dispatched = layer.dispatch(weights.x, weights.gate_weight)
+    with pytest.raises(ConfigError, match=r"ep_chunks=2: .* combine comes after run_experts"):
+        layer.combine(dispatched.received, dispatched)
+
+
 @case("dtypes that differ")
 def mismatched_dtypes(comm):
     group = MpiCommunicator(timeout=10)  # which will be of no more use

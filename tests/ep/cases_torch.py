@@ -715,6 +715,21 @@ def chunks_in_several_backward_passes(comm):
 
 
 @case
+def chunks_in_anomaly_mode(comm):
+    """It looks for NaN in the gradients that are handed on, which may be rows that are still to arrive."""
+    layer = make_layer()
+    layer.shard_experts(MPI.COMM_WORLD, "mpi", ep_chunks=3)
+    x, _, cuts = make_tokens([5] * comm.size)
+    torch.use_deterministic_algorithms(True)  # new memory is NaN
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            layer(x[cuts[comm.rank]])[0].sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.isfinite(layer.w_up.grad).all()
+
+
+@case
 def chunks_with_projections(comm):
     with pytest.raises(ConfigError, match="ep_chunks=2 with latent_dim=9"):
         make_layer(latent_dim=9).shard_experts(MPI.COMM_WORLD, "mpi", ep_chunks=2)
