@@ -91,23 +91,27 @@ def make_tokens(counts, dtype=torch.float64, seed=1):
 
 
 def averaged(comm, tensor):
-    """Over the ranks, by way of text: nothing of what is tested."""
-    texts = comm.gather(tensor.double().numpy().tobytes().hex(), Step("mean of a test"))
+    """Over the ranks, in host memory, by way of text: nothing of what is tested."""
+    texts = comm.gather(numbers(tensor).tobytes().hex(), Step("mean of a test"))
     parts = [torch.frombuffer(bytearray.fromhex(text), dtype=torch.float64) for text in texts]
     return (sum(parts) / comm.size).reshape(tensor.shape)
 
 
-def check_layer(comm, backend, counts, dtype=torch.float64, ep_chunks=1, **options):
-    whole, layer = make_layer(dtype, **options), make_layer(dtype, **options)
-    layer.shard_experts(group_of(comm, backend), backend, ep_chunks=ep_chunks)
+def check_layer(
+    comm, backend, counts, dtype=torch.float64, ep_chunks=1, device="cpu", group=None, **options
+):
+    """The layer on all ranks, and one process that holds all experts, on the CPU in float64."""
+    whole, layer = make_layer(**options), make_layer(dtype, **options).to(device)
+    whole.load_state_dict(layer.state_dict())
+    layer.shard_experts(group or group_of(comm, backend), backend, ep_chunks=ep_chunks)
     x, grad, cuts = make_tokens(counts, dtype)
     cut, own = cuts[comm.rank], expert_range(7, comm.size, comm.rank)
-    mine = x[cut].clone().requires_grad_()
-    everyones = x.clone().requires_grad_()
+    mine = x[cut].to(device, copy=True).requires_grad_()
+    everyones = x.to(torch.float64, copy=True).requires_grad_()
     output, losses = layer(mine)
     want, want_losses = whole(everyones)
     inject = options.get("aux_mode") == "inject"
-    ((output * grad[cut]).sum() + (0 if inject else sum(losses.values()))).backward()
+    ((output * grad[cut].to(device)).sum() + (0 if inject else sum(losses.values()))).backward()
     # the mean of the ranks' objectives; in the injected one the losses count as they are
     (((want * grad).sum()) / comm.size + (0 if inject else sum(want_losses.values()))).backward()
 
@@ -206,13 +210,13 @@ def train(model, x, target, step, forward=None, optimizer=None):
 
 
 @case
-def data_parallel_training(comm):
+def data_parallel_training(comm, backend="torch", device="cpu"):
     """DDP over the dense parameters, clipped gradients: step by step the training of one process."""
     x, target, cuts = make_tokens([8] * comm.size)
     torch.manual_seed(0)
-    whole, model = Model(), Model()
+    whole, model = Model(), Model().to(device)
     model.load_state_dict(whole.state_dict())
-    shard_experts(model, gloo(comm), "torch")
+    shard_experts(model, gloo(comm), backend)
     assert [layer._sharded.name for layer in model.layers] == ["layers.0", "layers.1"]
     ignored = ddp_ignored(model)
     assert sorted(ignored) == [
@@ -220,8 +224,8 @@ def data_parallel_training(comm):
     ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = DistributedDataParallel(model, process_group=gloo(comm))
-    cut = cuts[comm.rank]
-    norms = train(model, x[cut], target[cut], partial(clip_grad_norm_, model, 0.5), wrapped)
+    mine = (tensor[cuts[comm.rank]].to(device) for tensor in (x, target))
+    norms = train(model, *mine, partial(clip_grad_norm_, model, 0.5), wrapped)
     wanted = train(whole, x, target, lambda: torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.5))
     assert max(wanted) > 0.5
     assert norms == pytest.approx(wanted, rel=1e-10)
@@ -250,7 +254,7 @@ def check_state(got, wanted, experts):
         want = want[list(experts)] if name.endswith(("w_up", "w_down")) else want
         value = got[name].full_tensor() if isinstance(got[name], DTensor) else got[name]
         torch.testing.assert_close(
-            value, want, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
+            value.cpu(), want, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 

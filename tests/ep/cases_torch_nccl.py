@@ -1,0 +1,79 @@
+"""Cases for every rank, with a GPU of its own: a sharded MoELayer over NCCL is the layer of one process."""
+
+from functools import partial
+
+import torch
+from mpi4py import MPI
+
+from tests.ep.cases_torch import (
+    OPTIONS,
+    check_layer,
+    data_parallel_training,
+    gloo,
+    make_layer,
+    make_tokens,
+)
+from tests.torch.checks import results, same
+
+check = partial(check_layer, backend="nccl", device="cuda")
+CASES = {}
+
+
+def uneven(size):
+    return [5 + 4 * rank for rank in range(size)]
+
+
+for _name, _options in OPTIONS.items():
+
+    def _run(comm, options=_options):
+        check(comm, counts=uneven(comm.size), **options)
+
+    CASES[_name] = _run
+
+for _name, _counts in {
+    "a rank without tokens": lambda ranks: [0, *[9] * (ranks - 1)],
+    "one token in all": lambda ranks: [0] * (ranks - 1) + [1],
+    "no tokens at all": lambda ranks: [0] * ranks,
+}.items():
+
+    def _run(comm, counts=_counts):
+        check(comm, counts=counts(comm.size), latent_dim=9)
+
+    CASES[_name] = _run
+
+for _dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for _chunks in (1, 3):
+
+        def _run(comm, dtype=_dtype, chunks=_chunks):
+            counts = [150 + 70 * rank for rank in range(comm.size)]
+            check(comm, counts=counts, dtype=dtype, ep_chunks=chunks, num_shared_experts=1)
+
+        CASES[f"{_dtype}, {_chunks} chunks"] = _run
+
+
+def case(function):
+    CASES[function.__name__.replace("_", " ")] = function
+    return function
+
+
+@case
+def ranks_that_meet_in_a_process_group(comm):
+    check(comm, counts=uneven(comm.size), group=gloo(comm))
+
+
+@case
+def data_parallel(comm):
+    data_parallel_training(comm, "nccl", "cuda")
+
+
+@case
+def two_runs_the_same_bits(comm):
+    x, _, cuts = make_tokens([300] * comm.size, torch.bfloat16)
+    for chunks in (1, 3):
+        runs = []
+        for _ in range(2):
+            layer = make_layer(torch.bfloat16, num_shared_experts=1).to("cuda")
+            layer.shard_experts(MPI.COMM_WORLD, "nccl", ep_chunks=chunks)
+            leaf = x[cuts[comm.rank]].to("cuda", copy=True).requires_grad_()
+            runs.append(results(layer, leaf))
+        assert same(*runs)
