@@ -97,9 +97,7 @@ def averaged(comm, tensor):
     return (sum(parts) / comm.size).reshape(tensor.shape)
 
 
-def check_layer(
-    comm, backend, counts, dtype=torch.float64, ep_chunks=1, device="cpu", group=None, **options
-):
+def check_layer(comm, backend, counts, dtype=torch.float64, ep_chunks=1, device="cpu", group=None, **options):
     """The layer on all ranks, and one process that holds all experts, on the CPU in float64."""
     whole, layer = make_layer(**options), make_layer(dtype, **options).to(device)
     whole.load_state_dict(layer.state_dict())
