@@ -41,6 +41,7 @@ cdef class Space:
     cdef readonly int device_type
     cdef readonly int device_id
     cdef readonly uintptr_t stream  # the caller's current CUDA stream; 0 on CPU
+    cdef readonly int spared        # multiprocessors that are left to other work, such as an exchange
     cpdef Array empty(self, tuple shape, int dtype)
     cpdef object export(self, Array array)
     cpdef object to_host(self, Array array)

@@ -54,6 +54,10 @@ class Space:
     def device_id(self) -> int: ...
     @property
     def stream(self) -> int: ...
+    @property
+    def spared(self) -> int:
+        """Multiprocessors that kernels which would take all of them leave to other work."""
+
     def empty(self, shape: tuple[int, ...], dtype: int) -> Array:
         """An uninitialised Array. Raises OutOfMemoryError."""
 

@@ -167,10 +167,12 @@ class ExpertParallel:
         router_input: Any = None,
         expert_bias: Any = None,
         valid_mask: Any = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> Dispatched:
         """Route this rank's tokens, x [T, W], and send each to the ranks of its experts.
 
-        W is d_model, unless the gate reads ``router_input`` [T, d_model]: then x can have any width.
+        W is d_model, unless the gate reads ``router_input`` [T, d_model]: then x can have any width. ``meanwhile()``
+        is called when the tokens are on their way, to launch what is to run beside that on another stream.
         """
 
     def run_experts(
@@ -178,20 +180,24 @@ class ExpertParallel:
     ) -> tuple[Any, Any]:
         """``(rows [N, H], z)``: each received token's weighted sum over its experts on this rank."""
 
-    def combine(self, rows: Any, dispatched: Dispatched) -> Any:
-        """[T, W]: rows [N, W] back where their tokens came from, and summed by token."""
+    def combine(self, rows: Any, dispatched: Dispatched, *, beside: bool = False) -> Any:
+        """[T, W]: rows [N, W] back where their tokens came from, and summed by token.
 
-    def combine_backward(self, grad_output: Any, dispatched: Dispatched) -> Any:
+        ``beside``, here and below: the caller has work on another stream that is to run beside the exchange.
+        """
+
+    def combine_backward(self, grad_output: Any, dispatched: Dispatched, *, beside: bool = False) -> Any:
         """[N, W] from grad_output [T, W]."""
 
     def run_experts_backward(
         self, d_rows: Any, received: Any, z: Any, dispatched: Dispatched, w_up: Any, w_down: Any
-    ) -> tuple[Any, Any, Callable[..., tuple[Any, Any]]]:
+    ) -> tuple[Any, Any, Callable[..., Callable[[], tuple[Any, Any]]]]:
         """``(d_received [N, H], d_weights [N, S], weight_gradients)``.
 
         ``weight_gradients(w_up_grad=None, w_down_grad=None, scale=1.0)`` computes ``(dw_up, dw_down)``, times
-        ``scale``: left to the caller, so that it can be done while d_received is on its way. Arrays that it is
-        given are added to, and None comes in their place, as in ``moe_backward``.
+        ``scale``: left to the caller, so that it can be done while d_received is on its way. It launches what is to
+        run beside that, and returns a function that launches the rest and returns them. Arrays that it is given are
+        added to, and None comes in their place, as in ``moe_backward``.
         """
 
     def dispatch_backward(
@@ -204,6 +210,9 @@ class ExpertParallel:
         *,
         router_input: Any = None,
         grad_losses: Any = None,
-        meanwhile: Callable[[], _T] | None = None,
+        meanwhile: Callable[[], Callable[[], _T]] | None = None,
     ) -> tuple[Any, Any, Any, _T | None]:
-        """``(dx, d_router_input, d_gate_weight, what meanwhile() returned)``; d_router_input may be None."""
+        """``(dx, d_router_input, d_gate_weight, result)``; d_router_input may be None.
+
+        ``finish = meanwhile()`` is called while d_received is on its way, and ``result = finish()`` when it is there.
+        """

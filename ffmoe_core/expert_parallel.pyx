@@ -10,6 +10,10 @@ one row goes back for each that came. Backward goes the same ways: what was gath
 
 What is exchanged, and in which order, is the same on every rank, whatever its number of tokens.
 
+On a GPU an exchange keeps multiprocessors busy (``Communicator.multiprocessors``). Products that take all of them, and
+stay until they are done, would then end twice as late as without it: those beside an exchange leave them free
+(``Space.spared``).
+
 With ``ep_chunks`` a rank's tokens are cut into as many runs, which cross one after the other: while one is at the
 experts the next is on its way there, and the one before on its way home. Packed and received rows stand chunk by chunk.
 What goes with the tokens crosses ahead of all of them, and so the receiving plan is of all chunks at once: in it an
@@ -20,9 +24,10 @@ import json
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from libc.math cimport ceil
 from libc.stdint cimport int64_t
 
-from .arrays cimport FLOAT64, INT32, UINT8, Array, Space, space_of, view
+from .arrays cimport FLOAT64, INT32, UINT8, Array, Space, itemsize, space_of, view
 from .checks cimport (
     bias_of,
     check_device,
@@ -45,6 +50,8 @@ from .errors import CommError, ConfigError
 from .moe import MoEGrads, check_capacity, packed_layout
 
 LOSS_SCOPES = ("group", "local")
+# What a GPU multiplies in 16 bits while a byte crosses to another, in FLOP: 500 TFLOP/s and 250 GB/s (H200, NVLink).
+FLOPS_A_BYTE = 2000.0
 STEPS = (
     "counts", "losses", "dispatch", "combine",
     "combine backward", "weights backward", "losses backward", "dispatch backward",
@@ -186,9 +193,11 @@ class ExpertParallel:
 
     # --- dispatch ---
 
-    def dispatch(self, x, gate_weight, *, router_input=None, expert_bias=None, valid_mask=None):
+    def dispatch(
+        self, x, gate_weight, *, router_input=None, expert_bias=None, valid_mask=None, meanwhile=None
+    ):
         with aborting(self.comm):
-            return _dispatch(self, x, gate_weight, router_input, expert_bias, valid_mask)
+            return _dispatch(self, x, gate_weight, router_input, expert_bias, valid_mask, meanwhile)
 
     def dispatch_backward(
         self, d_received, d_weights, dispatched, x, gate_weight, *,
@@ -211,13 +220,13 @@ class ExpertParallel:
 
     # --- combine ---
 
-    def combine(self, rows, dispatched):
+    def combine(self, rows, dispatched, *, beside=False):
         with aborting(self.comm):
-            return _combine(self, rows, dispatched)
+            return _combine(self, rows, dispatched, beside)
 
-    def combine_backward(self, grad_output, dispatched):
+    def combine_backward(self, grad_output, dispatched, *, beside=False):
         with aborting(self.comm):
-            return _combine_backward(self, grad_output, dispatched)
+            return _combine_backward(self, grad_output, dispatched, beside)
 
 
 def _check_chunks(ep_chunks, num_experts, ep_size):
@@ -319,7 +328,7 @@ cdef Array balance_of(Array routing_block, int64_t num_experts):
 
 # --- dispatch ---
 
-def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
+def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask, meanwhile):
     config, comm = layer.config, layer.comm
     cdef Array tokens = view(x, "x"), gate = view(gate_weight, "gate_weight"), routed = tokens
     check_shape(tokens, "x", "[T, width]", -1, -1)
@@ -418,7 +427,8 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
     slots = [(slot_experts, receiving.topk_idx), (slot_weights, weights)]
     underway = None
     if C == 1:
-        comm.all_to_all_v(space, [(packed, received), *slots], sizes.sent, sizes.received, step).wait()
+        parts = [(packed, received), *slots]
+        transfer = comm.all_to_all_v(space, parts, sizes.sent, sizes.received, step, alone=meanwhile is None)
     else:
         transfer = comm.all_to_all_v(space, slots, sizes.sent, sizes.received, step)
         underway = Underway()
@@ -426,7 +436,9 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask):
             exchange_chunk(comm, space, [(packed, received)], sizes.sent, sizes.received, chunk, step)
             for chunk in range(C)
         ]
-        transfer.wait()
+    if meanwhile is not None:
+        meanwhile()
+    transfer.wait()
     backend.sort(
         space, receiving.topk_idx, weights, -1, "position",
         receiving.expert_offsets, receiving.row_token, receiving.row_weights, receiving.token_rows,
@@ -448,7 +460,7 @@ cdef object sizes_of(int64_t num_tokens, counts, int num_chunks):
     )
 
 
-def exchange_chunk(comm, space, parts, sent, received, chunk, step):
+def exchange_chunk(comm, space, parts, sent, received, chunk, step, alone=False):
     """Start to exchange one chunk's rows of (send, recv) Arrays that have all chunks'."""
     ranks = slice(chunk * comm.size, (chunk + 1) * comm.size)
     return comm.all_to_all_v(
@@ -457,6 +469,7 @@ def exchange_chunk(comm, space, parts, sent, received, chunk, step):
         sent[ranks],
         received[ranks],
         step,
+        alone=alone,
     )
 
 
@@ -535,7 +548,7 @@ def _dispatch_backward(
     (returned,), transfers = landing_of(
         layer, space, dispatched, [d_tokens], layer._steps["dispatch backward"]
     )
-    between = None if meanwhile is None else meanwhile()
+    finish = None if meanwhile is None else meanwhile()
     weighing.wait()
     if group:
         summing.wait()
@@ -562,7 +575,7 @@ def _dispatch_backward(
         space.export(dx),
         None if d_router is None else space.export(d_router),
         space.export(d_gate),
-        between,
+        None if finish is None else finish(),
     )
 
 
@@ -579,7 +592,7 @@ def weights_home(layer, space, dispatched, d_slots):
     )
 
 
-def landing_of(layer, space, dispatched, arrays, step):
+def landing_of(layer, space, dispatched, arrays, step, alone=False):
     """(Arrays [num_sent, n], Transfers): where received rows land that go home, and what is to be waited for.
 
     They are on their way since ``run_experts`` or its gradient, or start now.
@@ -602,8 +615,9 @@ def landing_of(layer, space, dispatched, arrays, step):
         return landing, transfers
     landing = [landing_for(space, dispatched, array) for array in arrays]
     parts = list(zip(arrays, landing, strict=True))
+    alone = alone and layer.ep_chunks == 1
     return landing, [
-        exchange_chunk(layer.comm, space, parts, sizes.received, sizes.sent, chunk, step)
+        exchange_chunk(layer.comm, space, parts, sizes.received, sizes.sent, chunk, step, alone)
         for chunk in range(layer.ep_chunks)
     ]
 
@@ -648,6 +662,7 @@ def _run_experts(layer, received, dispatched, w_up, w_down, save_for_backward):
     cdef Array offsets = receiving.expert_offsets, row_token = first(receiving.row_token, R)
     home = Homeward(layer, space, dispatched, [rows], "combine")
     cdef int C = plans.num_chunks, chunk
+    space.spared = layer.comm.multiprocessors if C > 1 else 0
     for chunk in range(C):
         home.wait_for(chunk)
         backend.grouped_glu(space, tokens, up, offsets, row_token, config.activation, z, a, C, chunk)
@@ -724,6 +739,7 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
     cdef Array dp, rows_of_slots, d_slots_part
     home = Homeward(layer, space, dispatched, [d_tokens], "dispatch backward")
     cdef int C = plans.num_chunks, chunk
+    space.spared = layer.comm.multiprocessors if C > 1 else 0
     for chunk in range(C):
         if kept_z is None:
             # pa takes the recomputed activations only to be overwritten by the next stage
@@ -755,25 +771,76 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
         )
         if w_down_grad is None:
             dw_down = space.empty((L, H, I), tokens.dtype)
-        backend.grouped_gemm_wgrad(
-            space, d_out, pa, offsets, row_token, None, dw_down, w_down_grad is not None, scale, C
-        )
         if w_up_grad is None:
             dw_up = space.empty((L, 2 * I, H), tokens.dtype)
-        backend.grouped_gemm_wgrad(
-            space, dz, tokens, offsets, None, row_token, dw_up, w_up_grad is not None, scale, C
-        )
-        return (
-            space.export(dw_up) if w_up_grad is None else None,
-            space.export(dw_down) if w_down_grad is None else None,
-        )
+
+        def run(int64_t down_begin, int64_t down_end, int64_t up_begin, int64_t up_end):
+            """Those of the experts from one to another, by w_down and by w_up."""
+            if down_begin < down_end:
+                backend.grouped_gemm_wgrad(
+                    space, d_out, pa, offsets_of(offsets, down_begin, down_end, C), row_token, None,
+                    experts_of(dw_down, down_begin, down_end), w_down_grad is not None, scale, C,
+                )
+            if up_begin < up_end:
+                backend.grouped_gemm_wgrad(
+                    space, dz, tokens, offsets_of(offsets, up_begin, up_end, C), None, row_token,
+                    experts_of(dw_up, up_begin, up_end), w_up_grad is not None, scale, C,
+                )
+
+        cdef int64_t downs, ups
+        downs, ups = experts_beside(layer, dispatched, tokens, L, I)
+        space.spared = layer.comm.multiprocessors
+        run(0, downs, 0, ups)
+        space.spared = 0
+
+        def finish():
+            run(downs, L, ups, L)
+            return (
+                space.export(dw_up) if w_up_grad is None else None,
+                space.export(dw_down) if w_down_grad is None else None,
+            )
+
+        return finish
 
     return space.export(d_tokens), space.export(d_slots), weight_gradients
 
 
+cdef Array experts_of(Array weights, int64_t begin, int64_t end):
+    """The experts from one to another, of an Array of all."""
+    cdef int64_t nbytes = weights.nbytes // weights.dims[0]
+    return weights.at(begin * nbytes, (end - begin, weights.dims[1], weights.dims[2]), weights.dtype)
+
+
+cdef Array offsets_of(Array offsets, int64_t begin, int64_t end, int chunks):
+    """Their part of expert_offsets, in which each has so many chunks."""
+    return offsets.at(4 * begin * chunks, ((end - begin) * chunks + 1,), INT32)
+
+
+cdef tuple experts_beside(layer, dispatched, Array tokens, int64_t num_experts, int64_t intermediate):
+    """How many experts' gradients, by w_down and by w_up, are computed beside the last exchange of dx.
+
+    As many as it takes, so that no more work than that has to spare multiprocessors; all where it keeps none busy.
+    """
+    comm, sizes = layer.comm, dispatched.sizes
+    if comm.multiprocessors == 0:
+        return num_experts, num_experts
+    cdef int64_t rows = max(others_rows(sizes.sent, comm), others_rows(sizes.received, comm))
+    cdef int64_t width = tokens.dims[1]
+    cdef double meanwhile = FLOPS_A_BYTE * rows * width * itemsize(tokens.dtype) / layer.ep_chunks
+    cdef double an_expert = max(2.0 * sizes.rows * width * intermediate / num_experts, 1.0)
+    cdef int64_t downs = min(<int64_t>ceil(meanwhile / an_expert), num_experts)
+    meanwhile = max(meanwhile - downs * an_expert, 0.0)
+    return downs, min(<int64_t>ceil(meanwhile / (2 * an_expert)), num_experts)
+
+
+cdef int64_t others_rows(tuple counts, comm):
+    """Of rows by chunk and rank, those that are not this rank's own."""
+    return sum(counts) - sum(counts[comm.rank :: comm.size])
+
+
 # --- combine ---
 
-def _combine(layer, rows, dispatched):
+def _combine(layer, rows, dispatched, beside):
     cdef Array source = view(rows, "rows")
     check_shape(source, "rows", "[N, width]", -1, -1)
     check_floating(source, "rows")
@@ -782,7 +849,9 @@ def _combine(layer, rows, dispatched):
     cdef _Plans plans = layer._plans
     cdef RoutingParts sending = plans.sending(dispatched, router_dtype(source))
     cdef Space space = space_of(rows, source)
-    (returned,), transfers = landing_of(layer, space, dispatched, [source], layer._steps["combine"])
+    (returned,), transfers = landing_of(
+        layer, space, dispatched, [source], layer._steps["combine"], alone=not beside
+    )
     for transfer in transfers:
         transfer.wait()
     cdef Array output = space.empty((sizes.tokens, source.dims[1]), source.dtype)
@@ -790,7 +859,7 @@ def _combine(layer, rows, dispatched):
     return space.export(output)
 
 
-def _combine_backward(layer, grad_output, dispatched):
+def _combine_backward(layer, grad_output, dispatched, beside):
     cdef Array d_out = view(grad_output, "grad_output")
     step, sizes = layer._steps["combine backward"], dispatched.sizes
     check_shape(d_out, "grad_output", "[T, width]", sizes.tokens, -1)
@@ -802,8 +871,9 @@ def _combine_backward(layer, grad_output, dispatched):
     cdef Array packed = space.empty((sum(sizes.sent), width), d_out.dtype)
     backend_for(space).permute(space, d_out, sending.row_token, sending.expert_offsets, packed)
     cdef Array d_rows = space.empty((sum(sizes.received), width), d_out.dtype)
+    alone = layer.ep_chunks == 1 and not beside
     transfers = [
-        exchange_chunk(layer.comm, space, [(packed, d_rows)], sizes.sent, sizes.received, chunk, step)
+        exchange_chunk(layer.comm, space, [(packed, d_rows)], sizes.sent, sizes.received, chunk, step, alone)
         for chunk in range(layer.ep_chunks)
     ]
     if dispatched.underway is None:

@@ -180,6 +180,8 @@ class TorchCommunicator(WatchedCommunicator):
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         step: Step,
+        *,
+        alone: bool = False,
     ) -> "TorchTransfer":
         number = self._watch.begin(step)
         works = []

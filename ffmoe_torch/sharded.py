@@ -87,9 +87,8 @@ class ShardedExperts:
     ) -> ShardedOutput:
         """The routed experts' output for tokens [T, H]. With projections, what crosses is as narrow as they are.
 
-        ``weight_sums`` as for ``routed_experts``. ``start_beside()`` launches what can run while tokens cross: in
-        forward after the experts' products, for which the device would wait meanwhile, and so in backward after the
-        gradients' way to the experts has started.
+        ``weight_sums`` as for ``routed_experts``. ``start_beside()`` launches what can run while tokens cross, and is
+        called when they are on their way.
         """
         wire = tokens
         self.telling(_refuse_transforms, tokens, router_input, gate_weight, w_up, w_down)
@@ -99,18 +98,17 @@ class ShardedExperts:
         wire, router_input, gate_weight, w_up, w_down = _autocast(
             wire, router_input, gate_weight, w_up, w_down
         )
-        call = _Call(self, weight_sums)
+        call = _Call(self, weight_sums, start_beside)
         received, weights, losses = _Dispatch.apply(
             call, wire, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask
         )
         if proj_up is not None:
             (received,) = _autocast(self.telling(proj_up, received))
         rows = _Experts.apply(call, received, weights, w_up.detach(), w_down.detach(), received.requires_grad)
-        started = None if start_beside is None else self.telling(start_beside)
         if proj_down is not None:
             (rows,) = _autocast(self.telling(proj_down, rows))
         output = _Combine.apply(call, rows)
-        dispatched = call.take()
+        dispatched, started = call.take()
         if proj_up is not None:
             output = self.telling(proj_up, output)
         balance = dispatched.routing if dispatched.balance is None else dispatched.balance.view(torch.uint8)
@@ -167,15 +165,31 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
 class _Call:
     """What the functions of one forward call hand to each other, and so do their gradients."""
 
-    def __init__(self, sharded: ShardedExperts, weight_sums: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        sharded: ShardedExperts,
+        weight_sums: Mapping[str, Tensor],
+        start_beside: Callable[[], Any] | None,
+    ) -> None:
+        self.beside = start_beside is not None
+        self._start_beside = start_beside
+        self._started: Any = None  # what it returned
+        self._records = torch.is_grad_enabled()
         self.weight_scale = sharded.weight_scale
         self.weight_sums = weight_sums
         self.expert_parallel = sharded.expert_parallel
         self.dispatched: Dispatched | None = None
         self.sizes: Sizes | None = None
         # with the number of their backward pass: one that ends between experts and dispatch leaves them behind
-        self.weight_gradients: tuple[int, Callable[..., WeightGradients]] | None = None
+        self.weight_gradients: tuple[int, Callable[..., Callable[[], WeightGradients]]] | None = None
         self.underway: tuple[int, Underway] | None = None
+
+    def start(self) -> None:
+        """Launches what runs beside the dispatch; autograd, which is off inside of a function, records it."""
+        start, self._start_beside = self._start_beside, None
+        assert start is not None
+        with torch.set_grad_enabled(self._records):
+            self._started = start()
 
     def start_backward(self) -> None:
         """With chunks the functions' gradients hand each other what they have started."""
@@ -189,11 +203,14 @@ class _Call:
             underway = None
         return Dispatched(**_NOTHING | parts | {"sizes": self.sizes, "underway": underway})
 
-    def take(self) -> Dispatched:
-        """Of the forward call; what backward needs is in autograd's keeping, which knows when to let go."""
+    def take(self) -> tuple[Dispatched, Any]:
+        """What was dispatched, and what start_beside() returned: backward has what it needs in autograd's keeping,
+        which knows when to let go.
+        """
         dispatched, self.dispatched = self.dispatched, None
+        started, self._started = self._started, None
         assert dispatched is not None
-        return dispatched
+        return dispatched, started
 
 
 class _Dispatch(torch.autograd.Function):
@@ -211,7 +228,12 @@ class _Dispatch(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = x.contiguous()
         call.dispatched = dispatched = call.expert_parallel.dispatch(
-            x, gate_weight, router_input=router_input, expert_bias=expert_bias, valid_mask=valid_mask
+            x,
+            gate_weight,
+            router_input=router_input,
+            expert_bias=expert_bias,
+            valid_mask=valid_mask,
+            meanwhile=call.start if call.beside else None,
         )
         call.sizes = dispatched.sizes
         ctx.call = call
@@ -292,7 +314,7 @@ class _Combine(torch.autograd.Function):
         assert call.dispatched is not None
         ctx.call = call
         ctx.save_for_backward(call.dispatched.sending)
-        return call.expert_parallel.combine(rows.contiguous(), call.dispatched)
+        return call.expert_parallel.combine(rows.contiguous(), call.dispatched, beside=call.beside)
 
     @staticmethod
     @once_differentiable
@@ -301,7 +323,7 @@ class _Combine(torch.autograd.Function):
         call.start_backward()
         (sending,) = ctx.saved_tensors
         dispatched = call.dispatched_again(sending=sending)
-        d_rows = call.expert_parallel.combine_backward(grads[0].contiguous(), dispatched)
+        d_rows = call.expert_parallel.combine_backward(grads[0].contiguous(), dispatched, beside=call.beside)
         if dispatched.underway is not None and torch.is_anomaly_check_nan_enabled():
             # autograd looks for NaN among the rows at once
             for transfer in dispatched.underway.take_arriving():

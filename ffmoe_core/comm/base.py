@@ -19,6 +19,8 @@ SET_UP = Step("set-up")
 class WatchedCommunicator:
     """The part of ``Communicator`` that does not depend on how arrays cross."""
 
+    multiprocessors = 0
+
     def __init__(self, control: Control, timeout: float) -> None:
         self.rank = control.rank
         self.size = control.size
@@ -41,6 +43,8 @@ class WatchedCommunicator:
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         step: Step,
+        *,
+        alone: bool = False,
     ) -> Transfer:
         raise NotImplementedError
 

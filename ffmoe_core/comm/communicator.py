@@ -41,6 +41,7 @@ class Communicator(Protocol):
     size: int
     timeout: float
     sent_bytes: Counter[str]  # to other ranks by all_to_all and all_to_all_v, by the step's name
+    multiprocessors: int  # of the device, that an exchange under way keeps busy
 
     def all_to_all(self, space: Space, send: Array, recv: Array, step: Step) -> Transfer:
         """Row r of ``send`` [size, n] goes to rank r, which finds it in the sender's row of ``recv``."""
@@ -52,12 +53,15 @@ class Communicator(Protocol):
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         step: Step,
+        *,
+        alone: bool = False,
     ) -> Transfer:
         """Rows by rank: the first ``send_counts[0]`` rows go to rank 0, the next to rank 1, and so on.
 
         Each part has rows of its own width and dtype, and all have the same counts. ``sent`` may be longer
         than the counts' sum. Rows from rank 0 come first in ``received``. Counts may be of several rounds, one after
         the other: after the last rank's rows come more for rank 0, and in ``received`` more from it.
+        ``alone``: it is waited for at once, and the caller has nothing else that could run beside it.
         """
 
     def all_reduce(self, space: Space, parts: Parts, step: Step) -> Transfer:

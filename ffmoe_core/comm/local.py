@@ -16,6 +16,7 @@ class LocalCommunicator:
     rank = 0
     size = 1
     timeout = float("inf")
+    multiprocessors = 0
 
     def __init__(self) -> None:
         self.sent_bytes: Counter[str] = Counter()
@@ -30,6 +31,8 @@ class LocalCommunicator:
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         step: Step,
+        *,
+        alone: bool = False,
     ) -> "LocalCommunicator":
         for send, recv in parts:
             host_bytes(recv)[:] = host_bytes(send)[: recv.nbytes]

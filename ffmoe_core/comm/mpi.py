@@ -87,6 +87,8 @@ class MpiCommunicator(WatchedCommunicator):
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         step: Step,
+        *,
+        alone: bool = False,
     ) -> "MpiTransfer":
         sends: Messages = []
         recvs: Messages = []

@@ -1,9 +1,9 @@
 """NcclCommunicator: arrays in GPU memory over NCCL, through CuPy.
 
 NCCL has no all-to-all: one is a group of sends and receives. Exchanges run on a stream of their own, so that the
-caller's stream can compute beside them, and the host waits for none of them. Whether one takes too long is seen by
-a thread, which then ends NCCL's kernels: whoever waits for the device comes back, and the next call raises
-CommError.
+caller's stream can compute beside them, or on the caller's where nothing is to run beside; the host waits for none of
+them. Whether one takes too long is seen by a thread, which then ends NCCL's kernels: whoever waits for the device comes
+back, and the next call raises CommError.
 """
 
 import ctypes
@@ -51,6 +51,8 @@ except ImportError as error:
 TICK_SECONDS = 0.05  # between two looks at the exchanges under way
 HIGH_PRIORITY = -1  # of a stream: its blocks come first wherever a multiprocessor has room
 NOT_READY = 600  # cudaErrorNotReady
+# As many blocks as NCCL has channels between two GPUs, 32 of them on NVLink, each as large as a multiprocessor.
+MULTIPROCESSORS = 32
 
 
 @dataclass
@@ -74,6 +76,7 @@ class NcclCommunicator(WatchedCommunicator):
         self, control: Control, *, device_id: int | None = None, timeout: float = DEFAULT_TIMEOUT
     ) -> None:
         super().__init__(control, timeout)
+        self.multiprocessors = MULTIPROCESSORS if self.size > 1 else 0
         self.device_id = runtime.getDevice() if device_id is None else device_id
         own = nccl.get_unique_id() if self.rank == 0 else b""
         unique_id = bytes.fromhex(self.gather(own.hex(), SET_UP)[0])
@@ -97,11 +100,12 @@ class NcclCommunicator(WatchedCommunicator):
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         step: Step,
+        *,
+        alone: bool = False,
     ) -> "NcclTransfer":
         to_ranks, from_ranks = self._runs(send_counts), self._runs(recv_counts)
 
-        def launch() -> None:
-            stream = self._stream.ptr
+        def launch(stream: int) -> None:
             for send, recv in parts:
                 address, width = send.ptr, row_bytes(send)
                 for first, rows, rank in to_ranks:
@@ -110,19 +114,20 @@ class NcclCommunicator(WatchedCommunicator):
                 for first, rows, rank in from_ranks:
                     self._comm.recv(address + first * width, rows * width, nccl.NCCL_UINT8, rank, stream)
 
+        transfer = self._exchange(space, parts, step, launch, alone)
         self._count_bytes(parts, send_counts, step)
-        return self._exchange(space, parts, step, launch)
+        return transfer
 
     def all_reduce(self, space: Space, parts: Parts, step: Step) -> "NcclTransfer":
-        def launch() -> None:
+        def launch(stream: int) -> None:
             for send, recv in parts:
                 kind = self._types[DTYPE_NAMES[send.dtype]]
-                self._comm.allReduce(send.ptr, recv.ptr, send.size, kind, nccl.NCCL_SUM, self._stream.ptr)
+                self._comm.allReduce(send.ptr, recv.ptr, send.size, kind, nccl.NCCL_SUM, stream)
 
-        return self._exchange(space, parts, step, launch)
+        return self._exchange(space, parts, step, launch, alone=False)
 
     def read(self, space: Space, array: Array, step: Step) -> Callable[[], np.ndarray]:
-        with cupy.cuda.Device(self.device_id):
+        with _OnDevice(self.device_id):
             if self._pinned is None or self._pinned.size() < array.nbytes:
                 self._pinned = cupy.cuda.alloc_pinned_memory(array.nbytes)
             # on the exchanges' stream: what the caller's has to do meanwhile is not waited for
@@ -150,8 +155,12 @@ class NcclCommunicator(WatchedCommunicator):
         places = self._in_rounds(len(counts), (*self._others, self.rank))
         return [(before[place], counts[place], rank) for place, rank in places if counts[place]]
 
-    def _exchange(self, space: Space, parts: Parts, step: Step, launch: Callable[[], None]) -> "NcclTransfer":
-        """What is launched goes to the exchanges' stream, after all that the caller's stream has to do so far."""
+    def _exchange(
+        self, space: Space, parts: Parts, step: Step, launch: Callable[[int], None], alone: bool
+    ) -> "NcclTransfer":
+        """``launch(stream)`` after all that the caller's stream has to do so far: on the exchanges' stream or, where
+        it has nothing else to do, on that one. NCCL itself keeps exchanges on different streams in their order.
+        """
         for pair in parts:
             for array in pair:
                 if array.device_type != DeviceType.CUDA or array.device_id != self.device_id:
@@ -160,15 +169,17 @@ class NcclCommunicator(WatchedCommunicator):
                         f"on {array.device}"
                     )
         number = self._watch.begin(step)
-        with cupy.cuda.Device(self.device_id):  # stream 0 is that of the current device
+        stream = space.stream if alone else self._stream.ptr
+        with _OnDevice(self.device_id):  # stream 0 is that of the current device
             exchange = _Underway(number, _record(space.stream))
             # before it is launched: at the first one NCCL waits for the others there
             self._order.append(exchange)
-            runtime.streamWaitEvent(self._stream.ptr, exchange.ready.ptr)
+            if not alone:
+                runtime.streamWaitEvent(stream, exchange.ready.ptr)
             try:
                 nccl.groupStart()
                 try:
-                    launch()
+                    launch(stream)
                 finally:
                     nccl.groupEnd()
             except nccl.NcclError as error:
@@ -176,7 +187,9 @@ class NcclCommunicator(WatchedCommunicator):
                     self._watch.begin(step)  # raises
                 self.abort(f"NcclError: {error}")
                 raise CommError(f"{step}: NCCL failed on this rank ({error})", (self.rank,), *step) from error
-            exchange.ended = _record(self._stream.ptr)
+            exchange.ended = _record(stream)
+        if alone:
+            return NcclTransfer(self, space, None, None)
         transfer = NcclTransfer(self, space, exchange.ended, parts)
         self._underway.add(transfer)
         return transfer
@@ -207,7 +220,7 @@ class NcclTransfer:
     """See ``Transfer``: the caller's stream waits, the host does not.
 
     Memory that was allocated for the caller's stream may be used again by what comes later on that stream. So it
-    is kept until the stream waits for the exchange.
+    is kept until the stream waits for the exchange, unless that runs there itself (``ended`` None).
     """
 
     def __init__(self, comm: NcclCommunicator, space: Space, ended: Any, keep: Any) -> None:
@@ -217,10 +230,28 @@ class NcclTransfer:
         self._keep = keep
 
     def wait(self) -> None:
-        with cupy.cuda.Device(self._comm.device_id):
+        if self._ended is None:
+            return
+        with _OnDevice(self._comm.device_id):
             runtime.streamWaitEvent(self._stream, self._ended.ptr)
         self._comm._underway.discard(self)
         self._keep = None
+
+
+class _OnDevice:
+    """Makes a device the current one, if it is not: cheaper than ``cupy.cuda.Device``, as it mostly is."""
+
+    def __init__(self, device_id: int) -> None:
+        self._device_id = device_id
+
+    def __enter__(self) -> None:
+        self._before = runtime.getDevice()
+        if self._before != self._device_id:
+            runtime.setDevice(self._device_id)
+
+    def __exit__(self, *error: object) -> None:
+        if self._before != self._device_id:
+            runtime.setDevice(self._before)
 
 
 def _record(stream: int) -> Any:

@@ -108,7 +108,9 @@ cdef Array counter_for_pace(Space space, bint paced):
 
 
 cdef int launch(Space space, str entry, tuple defines, void** params, uintptr_t counter) except -1:
-    cdef unsigned int blocks = multiprocessor_count(space.device_id) // CLUSTER * CLUSTER
+    # A block stays until its tiles are done: one that finds no place at first would begin when the others end.
+    cdef int free = max(multiprocessor_count(space.device_id) - space.spared, CLUSTER)
+    cdef unsigned int blocks = free // CLUSTER * CLUSTER
     return kernel(FILE, entry, defines, space.device_id, SHARED_BYTES).launch(
         blocks, 1, 1, THREADS, SHARED_BYTES, space.stream, params, counter
     )

@@ -1,10 +1,12 @@
 """Cases for every rank: a layer spread over the group is the layer of one process."""
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 
+import ffmoe_core.expert_parallel
 from ffmoe_core import MoEConfig
 from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import LocalCommunicator, Step, all_reduced
@@ -301,6 +303,22 @@ def weight_sums(comm):
         for got, want in ((added.w_up, plain.w_up), (added.w_down, plain.w_down)):
             assert want.any()
             assert_close(got.astype(np.float64), want.astype(np.float64) + 0.5, dtype, "sums")
+
+
+@case("weight gradients in parts, beside an exchange and after it")
+def weight_gradients_in_parts(comm):
+    layer = group_layer(BASE, uneven(comm.size), "float32")
+    for chunks in (1, 2):
+        _, _, whole = run_group(comm, BASE, layer, ep_chunks=chunks)
+        for flops_a_byte in (0, 3, 20, 1e9):
+            with (
+                mock.patch.object(comm, "multiprocessors", 2),
+                mock.patch.object(ffmoe_core.expert_parallel, "FLOPS_A_BYTE", flops_a_byte),
+            ):
+                _, _, parts = run_group(comm, BASE, layer, ep_chunks=chunks)
+            assert parts.w_up.tobytes() == whole.w_up.tobytes()
+            assert parts.w_down.tobytes() == whole.w_down.tobytes()
+            assert parts.x.tobytes() == whole.x.tobytes()
 
 
 @case("nothing kept for backward")
