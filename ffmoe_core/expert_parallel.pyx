@@ -10,9 +10,9 @@ one row goes back for each that came. Backward goes the same ways: what was gath
 
 What is exchanged, and in which order, is the same on every rank, whatever its number of tokens.
 
-On a GPU an exchange keeps multiprocessors busy (``Communicator.multiprocessors``). Products that take all of them, and
-stay until they are done, would then end twice as late as without it: those beside an exchange leave them free
-(``Space.spared``).
+On a GPU an exchange keeps multiprocessors busy (``Communicator.multiprocessors``). A product that takes all of them,
+and stays until it is done, would then end twice as late as without it. So as many experts' products as an exchange
+takes leave them free (``Space.spared``), and the others come after them.
 
 With ``ep_chunks`` a rank's tokens are cut into as many runs, which cross one after the other: while one is at the
 experts the next is on its way there, and the one before on its way home. Packed and received rows stand chunk by chunk.
@@ -662,11 +662,21 @@ def _run_experts(layer, received, dispatched, w_up, w_down, save_for_backward):
     cdef Array offsets = receiving.expert_offsets, row_token = first(receiving.row_token, R)
     home = Homeward(layer, space, dispatched, [rows], "combine")
     cdef int C = plans.num_chunks, chunk
-    space.spared = layer.comm.multiprocessors if C > 1 else 0
+    cdef int64_t L = len(layer.experts), begin, end
+    cdef double a_weight = 2.0 * R / C * I * H / L  # FLOP of an expert's product with one of its three matrices
+    cdef Beside beside
     for chunk in range(C):
         home.wait_for(chunk)
-        backend.grouped_glu(space, tokens, up, offsets, row_token, config.activation, z, a, C, chunk)
-        backend.grouped_gemm(space, a, down, offsets, None, True, y, C, chunk)
+        beside = Beside(layer, space, home.crossing(chunk))
+        for begin, end in beside.parts(L, 2 * a_weight):
+            backend.grouped_glu(
+                space, tokens, experts_of(up, begin, end), offsets_of(offsets, begin, end, C), row_token,
+                config.activation, z, a, C, chunk,
+            )
+        for begin, end in beside.parts(L, a_weight):
+            backend.grouped_gemm(
+                space, a, experts_of(down, begin, end), offsets_of(offsets, begin, end, C), None, True, y, C, chunk
+            )
         backend.combine(space, y, *[home.part(array, chunk) for array in (receiving.token_rows, weights, rows)])
         home.start(chunk)
     return space.export(rows), None if z is None else space.export(z)
@@ -676,6 +686,7 @@ cdef class Homeward:
     """The chunks at the experts: each is waited for, and with chunks sent home when it is done."""
 
     cdef object comm, space, underway, sizes, arriving, parts, step
+    cdef int64_t row_bytes
 
     def __cinit__(self, layer, space, dispatched, arrays, name):
         self.comm = layer.comm
@@ -683,6 +694,8 @@ cdef class Homeward:
         self.sizes = dispatched.sizes
         self.underway = dispatched.underway
         self.step = layer._steps[name]
+        cdef Array rows = arrays[0]
+        self.row_bytes = rows.dims[1] * itemsize(rows.dtype)
         if self.underway is not None:
             self.arriving = self.underway.take_arriving()
             self.underway.rows = arrays[0]
@@ -694,6 +707,16 @@ cdef class Homeward:
         if self.underway is not None and self.arriving:
             self.arriving[chunk].wait()
         return 0
+
+    cdef int64_t crossing(self, int chunk):
+        """Bytes that cross to or from other ranks while a chunk is at the experts; "chunk" C is what comes after all.
+
+        All chunks but the first are on their way here when that is there, and one goes home when the next is there.
+        """
+        cdef int C = len(self.sizes.received) // self.comm.size
+        cdef int64_t sent = others_rows(self.sizes.sent, self.comm)
+        cdef int64_t rows = max(sent, others_rows(self.sizes.received, self.comm))
+        return (C - 1 if chunk == 0 else 1) * (rows * self.row_bytes // C)
 
     cdef Array part(self, Array array, int chunk):
         """The chunk's rows of an Array of all received tokens."""
@@ -739,18 +762,30 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
     cdef Array dp, rows_of_slots, d_slots_part
     home = Homeward(layer, space, dispatched, [d_tokens], "dispatch backward")
     cdef int C = plans.num_chunks, chunk
-    space.spared = layer.comm.multiprocessors if C > 1 else 0
+    cdef int64_t begin, end
+    cdef double a_weight = 2.0 * R / C * I * H / L
+    cdef Beside beside
     for chunk in range(C):
+        beside = Beside(layer, space, home.crossing(chunk))
         if kept_z is None:
             # pa takes the recomputed activations only to be overwritten by the next stage
-            backend.grouped_glu(space, tokens, up, offsets, row_token, config.activation, z, pa, C, chunk)
+            for begin, end in beside.parts(L, 2 * a_weight):
+                backend.grouped_glu(
+                    space, tokens, experts_of(up, begin, end), offsets_of(offsets, begin, end, C), row_token,
+                    config.activation, z, pa, C, chunk,
+                )
         home.wait_for(chunk)
         dp = space.empty((R, 1), W)  # only this chunk's rows are of use
-        backend.grouped_glu_backward(
-            space, d_out, down, offsets, row_token, row_weights, z, config.activation, dz, pa,
-            dp.at(0, (R,), W), C, chunk,
-        )
-        backend.grouped_gemm(space, dz, up, offsets, None, False, dx_rows, C, chunk)
+        for begin, end in beside.parts(L, a_weight):
+            backend.grouped_glu_backward(
+                space, d_out, experts_of(down, begin, end), offsets_of(offsets, begin, end, C), row_token,
+                row_weights, z, config.activation, dz, pa, dp.at(0, (R,), W), C, chunk,
+            )
+        for begin, end in beside.parts(L, 2 * a_weight):
+            backend.grouped_gemm(
+                space, dz, experts_of(up, begin, end), offsets_of(offsets, begin, end, C), None, False, dx_rows,
+                C, chunk,
+            )
         rows_of_slots = home.part(receiving.token_rows, chunk)
         backend.combine(space, dx_rows, rows_of_slots, None, home.part(d_tokens, chunk))
         # a slot's gradient is its row's: a sum of one
@@ -763,6 +798,7 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
             dispatched.underway.weighing = weights_home(layer, space, dispatched, d_slots)
         home.start(chunk)
     z = dx_rows = None
+    cdef int64_t crossing_last = home.crossing(C)
 
     def weight_gradients(w_up_grad=None, w_down_grad=None, scale=1.0):
         cdef Array dw_up = sums_of(w_up_grad, "w_up_grad", "[experts of this rank, ffn_dim, d_model]", up)
@@ -787,8 +823,8 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
                     experts_of(dw_up, up_begin, up_end), w_up_grad is not None, scale, C,
                 )
 
-        cdef int64_t downs, ups
-        downs, ups = experts_beside(layer, dispatched, tokens, L, I)
+        cdef Beside beside = Beside(layer, space, crossing_last)
+        cdef int64_t downs = beside.experts(L, C * a_weight), ups = beside.experts(L, 2 * C * a_weight)
         space.spared = layer.comm.multiprocessors
         run(0, downs, 0, ups)
         space.spared = 0
@@ -816,21 +852,36 @@ cdef Array offsets_of(Array offsets, int64_t begin, int64_t end, int chunks):
     return offsets.at(4 * begin * chunks, ((end - begin) * chunks + 1,), INT32)
 
 
-cdef tuple experts_beside(layer, dispatched, Array tokens, int64_t num_experts, int64_t intermediate):
-    """How many experts' gradients, by w_down and by w_up, are computed beside the last exchange of dx.
-
-    As many as it takes, so that no more work than that has to spare multiprocessors; all where it keeps none busy.
+cdef class Beside:
+    """How many experts' products are launched beside an exchange: as many as it takes, all where it keeps no
+    multiprocessors busy.
     """
-    comm, sizes = layer.comm, dispatched.sizes
-    if comm.multiprocessors == 0:
-        return num_experts, num_experts
-    cdef int64_t rows = max(others_rows(sizes.sent, comm), others_rows(sizes.received, comm))
-    cdef int64_t width = tokens.dims[1]
-    cdef double meanwhile = FLOPS_A_BYTE * rows * width * itemsize(tokens.dtype) / layer.ep_chunks
-    cdef double an_expert = max(2.0 * sizes.rows * width * intermediate / num_experts, 1.0)
-    cdef int64_t downs = min(<int64_t>ceil(meanwhile / an_expert), num_experts)
-    meanwhile = max(meanwhile - downs * an_expert, 0.0)
-    return downs, min(<int64_t>ceil(meanwhile / (2 * an_expert)), num_experts)
+
+    cdef Space space
+    cdef int multiprocessors
+    cdef double flop  # that is multiplied until ``nbytes`` have crossed, and was not given to products yet
+
+    def __cinit__(self, layer, Space space, int64_t nbytes):
+        self.space = space
+        self.multiprocessors = layer.comm.multiprocessors
+        self.flop = FLOPS_A_BYTE * nbytes
+
+    cdef int64_t experts(self, int64_t num_experts, double flop_an_expert):
+        if self.multiprocessors == 0:
+            return num_experts
+        cdef int64_t count = min(<int64_t>ceil(self.flop / max(flop_an_expert, 1.0)), num_experts)
+        self.flop = max(self.flop - count * flop_an_expert, 0.0)
+        return count
+
+    def parts(self, int64_t num_experts, double flop_an_expert):
+        """(first, end) of those whose products spare multiprocessors, and of the others, for each to be launched."""
+        cdef int64_t count = self.experts(num_experts, flop_an_expert)
+        if count > 0:
+            self.space.spared = self.multiprocessors
+            yield 0, count
+            self.space.spared = 0
+        if count < num_experts:
+            yield count, num_experts
 
 
 cdef int64_t others_rows(tuple counts, comm):
