@@ -23,16 +23,22 @@ class Dispatched(NamedTuple):
 
     Backward reads no more of it than ``sizes``, ``underway`` and these: ``combine_backward`` sending,
     ``run_experts_backward`` receiving, ``dispatch_backward`` logits, routing, balance, sending and pair_slots.
+    Losses of the group, and what is marked *, are there when ``combine`` has been called.
     """
 
     received: (
         Any  # [N, W] dtype of x: tokens, by chunk and the rank they came from; with chunks still on their way
     )
     weights: Any  # [N, S] router dtype: of each token's experts here, as far as it has any
-    losses: Any  # [3] router dtype: aux loss, z-loss (each times its coefficient), router entropy in nats
+    losses: Any  # [3] router dtype: aux loss, z-loss (each times its coefficient), router entropy in nats; *
     logits: Any  # [T, E] router dtype
     routing: Any  # uint8 [n]: RoutingLayout of this rank's T tokens and the group's E experts
-    balance: Any  # int32 [2E + 1]: the group's expert_offsets and tokens_per_expert; None for "local" losses
+    balance: (
+        Any  # int32 [2E + 1]: the group's expert_offsets and tokens_per_expert; None for "local" losses; *
+    )
+    sums: (
+        Any  # float64 [2, E + 2]: what the losses are made of, of this rank and of the group *; None likewise
+    )
     sending: Any  # uint8 [n]: RoutingLayout of this rank's T tokens and the ranks, in each chunk
     pair_slots: Any  # int32 [T, K]: where a pair stands among the slots sent, or -1
     receiving: (

@@ -53,7 +53,7 @@ LOSS_SCOPES = ("group", "local")
 # What a GPU multiplies in 16 bits while a byte crosses to another, in FLOP: 500 TFLOP/s and 250 GB/s (H200, NVLink).
 FLOPS_A_BYTE = 2000.0
 STEPS = (
-    "counts", "losses", "dispatch", "combine",
+    "counts", "dispatch", "combine", "losses",
     "combine backward", "weights backward", "losses backward", "dispatch backward",
 )
 
@@ -76,6 +76,7 @@ class Dispatched(NamedTuple):
     logits: Any  # [T, E] router dtype
     routing: Any  # uint8 [n]
     balance: Any  # int32 [2E + 1] or None
+    sums: Any  # float64 [2, E + 2] or None
     sending: Any  # uint8 [n]
     pair_slots: Any  # int32 [T, K]
     receiving: Any  # uint8 [n]
@@ -320,6 +321,23 @@ cdef Array first(Array array, int64_t count):
     return array.at(0, (count,), array.dtype)
 
 
+cdef Array balance_from(dispatched, int64_t num_experts):
+    """The group's, of an earlier ``dispatch``."""
+    cdef Array balance = view(dispatched.balance, "dispatched.balance")
+    check_shape(balance, "dispatched.balance", "[2 * num_experts + 1]", 2 * num_experts + 1)
+    check_dtype(balance, "dispatched.balance", (<int>INT32,))
+    return balance
+
+
+cdef Array tokens_per_expert_of(Array balance, int64_t num_experts):
+    return balance.at(4 * (num_experts + 1), (num_experts,), INT32)
+
+
+cdef Array sums_part(Array sums, int whose, int64_t num_experts):
+    """float64 [E + 2] that losses are made of: this rank's (0), or the group's (1)."""
+    return sums.at(8 * whose * (num_experts + 2), (num_experts + 2,), FLOAT64)
+
+
 cdef Array balance_of(Array routing_block, int64_t num_experts):
     """int32 [2E + 1]: expert_offsets and tokens_per_expert, which stand together at the end of the block."""
     cdef int64_t size = 2 * num_experts + 1
@@ -363,8 +381,8 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask, mean
     cdef RoutingParts plan = RoutingParts(routing_block, layout[1])
     cdef RoutingParts sending = RoutingParts(sending_block, sending_layout[1])
     cdef Array losses = space.empty((3,), W)
-    cdef Array sums = space.empty((2, E + 2), FLOAT64) if group else None  # this rank's, the group's
-    cdef Array own_sums = sums.at(0, (E + 2,), FLOAT64) if group else None
+    cdef Array sums = space.empty((2, E + 2), FLOAT64) if group else None
+    cdef Array own_sums = sums_part(sums, 0, E) if group else None
     capacity = config.capacity(T)
     backend.route_and_sort(
         space, config, logits, bias, mask, -1 if capacity is None else capacity,
@@ -394,23 +412,14 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask, mean
     )
     step = layer._steps["counts"]
     counting = comm.all_to_all(space, counts_out, counts_in, step)
-    reading = comm.read(space, counts, step)
-    # while the host is at the counts, the losses' sums cross, and all is done that does not depend on them
-    cdef Array balance = None, group_sums
-    if group:
-        balance = space.empty((2 * E + 1,), INT32)
-        group_sums = sums.at(8 * (E + 2), (E + 2,), FLOAT64)
-        summing = comm.all_reduce(
-            space, [(balance_of(routing_block, E), balance), (own_sums, group_sums)], layer._steps["losses"]
-        )
+    # while they cross, and the host is at them, all is done that does not depend on them
     cdef Array packed = space.empty((T * D, width), tokens.dtype)
     backend.permute(space, tokens, sending.row_token, sending.expert_offsets, packed)
-    if group:
-        summing.wait()
-        backend.router_losses(space, config, group_sums, balance.at(4 * (E + 1), (E,), INT32), losses)
+    reading = comm.read(space, counts, step)
+    cdef Array balance = space.empty((2 * E + 1,), INT32) if group else None
     kept = [
         None if part is None else space.export(part)
-        for part in (losses, logits, routing_block, balance, sending_block, pair_slots)
+        for part in (losses, logits, routing_block, balance, sums, sending_block, pair_slots)
     ]
     step = layer._steps["dispatch"]
     counting.wait()
@@ -535,16 +544,13 @@ def _dispatch_backward(
         (d_pairs, weighing), underway.weighing = underway.weighing, None
     else:
         d_pairs, weighing = weights_home(layer, space, dispatched, d_slots)
-    cdef Array tokens_per_expert = plan.tokens_per_expert, balance, own_d_losses
+    cdef Array tokens_per_expert = plan.tokens_per_expert, own_d_losses
     cdef bint group = layer.loss_scope == "group" and layer.has_losses
     if group:
         own_d_losses = d_losses
         d_losses = space.empty((3,), W)  # of the sum of all ranks' objectives, each of which holds the losses
         summing = comm.all_reduce(space, [(own_d_losses, d_losses)], layer._steps["losses backward"])
-        balance = view(dispatched.balance, "dispatched.balance")
-        check_shape(balance, "dispatched.balance", "[2 * num_experts + 1]", 2 * E + 1)
-        check_dtype(balance, "dispatched.balance", (<int>INT32,))
-        tokens_per_expert = balance.at(4 * (E + 1), (E,), INT32)
+        tokens_per_expert = tokens_per_expert_of(balance_from(dispatched, E), E)
     (returned,), transfers = landing_of(
         layer, space, dispatched, [d_tokens], layer._steps["dispatch backward"]
     )
@@ -900,13 +906,33 @@ def _combine(layer, rows, dispatched, beside):
     cdef _Plans plans = layer._plans
     cdef RoutingParts sending = plans.sending(dispatched, router_dtype(source))
     cdef Space space = space_of(rows, source)
+    backend = backend_for(space)
     (returned,), transfers = landing_of(
         layer, space, dispatched, [source], layer._steps["combine"], alone=not beside
     )
+    # The group's losses come last, as nothing waits for them: their sums cross while the tokens are summed.
+    cdef Array sums = None, balance, routing
+    cdef int64_t E = layer.config.num_experts
+    if layer.loss_scope == "group":
+        sums = view(dispatched.sums, "dispatched.sums")
+        check_shape(sums, "dispatched.sums", "[2, num_experts + 2]", 2, E + 2)
+        check_dtype(sums, "dispatched.sums", (<int>FLOAT64,))
+        routing, balance = view(dispatched.routing, "dispatched.routing"), balance_from(dispatched, E)
+        summing = layer.comm.all_reduce(
+            space,
+            [(balance_of(routing, E), balance), (sums_part(sums, 0, E), sums_part(sums, 1, E))],
+            layer._steps["losses"],
+        )
     for transfer in transfers:
         transfer.wait()
     cdef Array output = space.empty((sizes.tokens, source.dims[1]), source.dtype)
-    backend_for(space).combine(space, returned, sending.token_rows, None, output)
+    backend.combine(space, returned, sending.token_rows, None, output)
+    if sums is not None:
+        summing.wait()
+        backend.router_losses(
+            space, layer.config, sums_part(sums, 1, E), tokens_per_expert_of(balance, E),
+            view(dispatched.losses, "dispatched.losses"),
+        )
     return space.export(output)
 
 

@@ -64,9 +64,20 @@ def test_nothing_that_can_wait_stands_between_the_counts_and_the_first_product(l
     assert log[first + 1 : log.index("grouped_glu")] == ["dispatch", "shared expert", "sort"]
 
 
-def test_the_losses_are_launched_while_the_host_is_at_the_counts(log):
+def test_the_tokens_are_packed_while_the_host_is_at_the_counts(log):
     asked = log.index("counts")
-    assert log[asked + 1 : log.index("counts are there")] == ["losses", "permute", "router_losses"]
+    assert log[asked + 1 : log.index("counts are there")] == ["permute"]
+
+
+def test_the_losses_come_last(log):
+    # the experts' sums, their way home, and the tokens' sums are called the same
+    assert log[log.index("grouped_gemm") + 1 :] == [
+        "combine",
+        "combine",
+        "losses",
+        "combine",
+        "router_losses",
+    ]
 
 
 def test_the_shared_expert_is_launched_when_the_tokens_are_on_their_way(log):
