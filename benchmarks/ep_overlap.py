@@ -163,18 +163,9 @@ class Switched:
         return self._start(step, lambda: self.comm.all_to_all(space, send, recv, step))
 
     def all_to_all_v(
-        self,
-        space: Space,
-        parts: Parts,
-        to_ranks: Sequence[int],
-        from_ranks: Sequence[int],
-        step: Step,
-        *,
-        alone: bool = False,
+        self, space: Space, parts: Parts, to_ranks: Sequence[int], from_ranks: Sequence[int], step: Step
     ) -> Started:
-        return self._start(
-            step, lambda: self.comm.all_to_all_v(space, parts, to_ranks, from_ranks, step, alone=alone)
-        )
+        return self._start(step, lambda: self.comm.all_to_all_v(space, parts, to_ranks, from_ranks, step))
 
     def all_reduce(self, space: Space, parts: Parts, step: Step) -> Started:
         return self._start(step, lambda: self.comm.all_reduce(space, parts, step))

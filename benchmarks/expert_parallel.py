@@ -117,9 +117,7 @@ def wire(mib: int, device: torch.device, timer: Timer) -> dict[str, float]:
     step = Step("wire")
     times = timer.medians(
         {
-            "ffmoe": lambda: comm.all_to_all_v(
-                space, [(send, recv)], counts, counts, step, alone=True
-            ).wait(),
+            "ffmoe": lambda: comm.all_to_all_v(space, [(send, recv)], counts, counts, step).wait(),
             "all_to_all_single": lambda: dist.all_to_all_single(received, sent),
         }
     )

@@ -186,13 +186,10 @@ class ExpertParallel:
     ) -> tuple[Any, Any]:
         """``(rows [N, H], z)``: each received token's weighted sum over its experts on this rank."""
 
-    def combine(self, rows: Any, dispatched: Dispatched, *, beside: bool = False) -> Any:
-        """[T, W]: rows [N, W] back where their tokens came from, and summed by token.
+    def combine(self, rows: Any, dispatched: Dispatched) -> Any:
+        """[T, W]: rows [N, W] back where their tokens came from, and summed by token."""
 
-        ``beside``, here and below: the caller has work on another stream that is to run beside the exchange.
-        """
-
-    def combine_backward(self, grad_output: Any, dispatched: Dispatched, *, beside: bool = False) -> Any:
+    def combine_backward(self, grad_output: Any, dispatched: Dispatched) -> Any:
         """[N, W] from grad_output [T, W]."""
 
     def run_experts_backward(

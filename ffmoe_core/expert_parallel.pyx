@@ -221,13 +221,13 @@ class ExpertParallel:
 
     # --- combine ---
 
-    def combine(self, rows, dispatched, *, beside=False):
+    def combine(self, rows, dispatched):
         with aborting(self.comm):
-            return _combine(self, rows, dispatched, beside)
+            return _combine(self, rows, dispatched)
 
-    def combine_backward(self, grad_output, dispatched, *, beside=False):
+    def combine_backward(self, grad_output, dispatched):
         with aborting(self.comm):
-            return _combine_backward(self, grad_output, dispatched, beside)
+            return _combine_backward(self, grad_output, dispatched)
 
 
 def _check_chunks(ep_chunks, num_experts, ep_size):
@@ -437,7 +437,7 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask, mean
     underway = None
     if C == 1:
         parts = [(packed, received), *slots]
-        transfer = comm.all_to_all_v(space, parts, sizes.sent, sizes.received, step, alone=meanwhile is None)
+        transfer = comm.all_to_all_v(space, parts, sizes.sent, sizes.received, step)
     else:
         transfer = comm.all_to_all_v(space, slots, sizes.sent, sizes.received, step)
         underway = Underway()
@@ -469,7 +469,7 @@ cdef object sizes_of(int64_t num_tokens, counts, int num_chunks):
     )
 
 
-def exchange_chunk(comm, space, parts, sent, received, chunk, step, alone=False):
+def exchange_chunk(comm, space, parts, sent, received, chunk, step):
     """Start to exchange one chunk's rows of (send, recv) Arrays that have all chunks'."""
     ranks = slice(chunk * comm.size, (chunk + 1) * comm.size)
     return comm.all_to_all_v(
@@ -478,7 +478,6 @@ def exchange_chunk(comm, space, parts, sent, received, chunk, step, alone=False)
         sent[ranks],
         received[ranks],
         step,
-        alone=alone,
     )
 
 
@@ -598,7 +597,7 @@ def weights_home(layer, space, dispatched, d_slots):
     )
 
 
-def landing_of(layer, space, dispatched, arrays, step, alone=False):
+def landing_of(layer, space, dispatched, arrays, step):
     """(Arrays [num_sent, n], Transfers): where received rows land that go home, and what is to be waited for.
 
     They are on their way since ``run_experts`` or its gradient, or start now.
@@ -621,9 +620,8 @@ def landing_of(layer, space, dispatched, arrays, step, alone=False):
         return landing, transfers
     landing = [landing_for(space, dispatched, array) for array in arrays]
     parts = list(zip(arrays, landing, strict=True))
-    alone = alone and layer.ep_chunks == 1
     return landing, [
-        exchange_chunk(layer.comm, space, parts, sizes.received, sizes.sent, chunk, step, alone)
+        exchange_chunk(layer.comm, space, parts, sizes.received, sizes.sent, chunk, step)
         for chunk in range(layer.ep_chunks)
     ]
 
@@ -897,7 +895,7 @@ cdef int64_t others_rows(tuple counts, comm):
 
 # --- combine ---
 
-def _combine(layer, rows, dispatched, beside):
+def _combine(layer, rows, dispatched):
     cdef Array source = view(rows, "rows")
     check_shape(source, "rows", "[N, width]", -1, -1)
     check_floating(source, "rows")
@@ -907,9 +905,7 @@ def _combine(layer, rows, dispatched, beside):
     cdef RoutingParts sending = plans.sending(dispatched, router_dtype(source))
     cdef Space space = space_of(rows, source)
     backend = backend_for(space)
-    (returned,), transfers = landing_of(
-        layer, space, dispatched, [source], layer._steps["combine"], alone=not beside
-    )
+    (returned,), transfers = landing_of(layer, space, dispatched, [source], layer._steps["combine"])
     # The group's losses come last, as nothing waits for them: their sums cross while the tokens are summed.
     cdef Array sums = None, balance, routing
     cdef int64_t E = layer.config.num_experts
@@ -936,7 +932,7 @@ def _combine(layer, rows, dispatched, beside):
     return space.export(output)
 
 
-def _combine_backward(layer, grad_output, dispatched, beside):
+def _combine_backward(layer, grad_output, dispatched):
     cdef Array d_out = view(grad_output, "grad_output")
     step, sizes = layer._steps["combine backward"], dispatched.sizes
     check_shape(d_out, "grad_output", "[T, width]", sizes.tokens, -1)
@@ -948,9 +944,8 @@ def _combine_backward(layer, grad_output, dispatched, beside):
     cdef Array packed = space.empty((sum(sizes.sent), width), d_out.dtype)
     backend_for(space).permute(space, d_out, sending.row_token, sending.expert_offsets, packed)
     cdef Array d_rows = space.empty((sum(sizes.received), width), d_out.dtype)
-    alone = layer.ep_chunks == 1 and not beside
     transfers = [
-        exchange_chunk(layer.comm, space, [(packed, d_rows)], sizes.sent, sizes.received, chunk, step, alone)
+        exchange_chunk(layer.comm, space, [(packed, d_rows)], sizes.sent, sizes.received, chunk, step)
         for chunk in range(layer.ep_chunks)
     ]
     if dispatched.underway is None:

@@ -180,8 +180,6 @@ class TorchCommunicator(WatchedCommunicator):
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         step: Step,
-        *,
-        alone: bool = False,
     ) -> "TorchTransfer":
         number = self._watch.begin(step)
         works = []

@@ -171,7 +171,6 @@ class _Call:
         weight_sums: Mapping[str, Tensor],
         start_beside: Callable[[], Any] | None,
     ) -> None:
-        self.beside = start_beside is not None
         self._start_beside = start_beside
         self._started: Any = None  # what it returned
         self._records = torch.is_grad_enabled()
@@ -187,9 +186,9 @@ class _Call:
     def start(self) -> None:
         """Launches what runs beside the dispatch; autograd, which is off inside of a function, records it."""
         start, self._start_beside = self._start_beside, None
-        assert start is not None
-        with torch.set_grad_enabled(self._records):
-            self._started = start()
+        if start is not None:
+            with torch.set_grad_enabled(self._records):
+                self._started = start()
 
     def start_backward(self) -> None:
         """With chunks the functions' gradients hand each other what they have started."""
@@ -233,7 +232,7 @@ class _Dispatch(torch.autograd.Function):
             router_input=router_input,
             expert_bias=expert_bias,
             valid_mask=valid_mask,
-            meanwhile=call.start if call.beside else None,
+            meanwhile=call.start,
         )
         call.sizes = dispatched.sizes
         ctx.call = call
@@ -314,7 +313,7 @@ class _Combine(torch.autograd.Function):
         assert call.dispatched is not None
         ctx.call = call
         ctx.save_for_backward(call.dispatched.sending)
-        return call.expert_parallel.combine(rows.contiguous(), call.dispatched, beside=call.beside)
+        return call.expert_parallel.combine(rows.contiguous(), call.dispatched)
 
     @staticmethod
     @once_differentiable
@@ -323,7 +322,7 @@ class _Combine(torch.autograd.Function):
         call.start_backward()
         (sending,) = ctx.saved_tensors
         dispatched = call.dispatched_again(sending=sending)
-        d_rows = call.expert_parallel.combine_backward(grads[0].contiguous(), dispatched, beside=call.beside)
+        d_rows = call.expert_parallel.combine_backward(grads[0].contiguous(), dispatched)
         if dispatched.underway is not None and torch.is_anomaly_check_nan_enabled():
             # autograd looks for NaN among the rows at once
             for transfer in dispatched.underway.take_arriving():

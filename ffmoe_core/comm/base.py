@@ -43,8 +43,6 @@ class WatchedCommunicator:
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         step: Step,
-        *,
-        alone: bool = False,
     ) -> Transfer:
         raise NotImplementedError
 

@@ -53,15 +53,12 @@ class Communicator(Protocol):
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         step: Step,
-        *,
-        alone: bool = False,
     ) -> Transfer:
         """Rows by rank: the first ``send_counts[0]`` rows go to rank 0, the next to rank 1, and so on.
 
         Each part has rows of its own width and dtype, and all have the same counts. ``sent`` may be longer
         than the counts' sum. Rows from rank 0 come first in ``received``. Counts may be of several rounds, one after
         the other: after the last rank's rows come more for rank 0, and in ``received`` more from it.
-        ``alone``: it is waited for at once, and the caller has nothing else that could run beside it.
         """
 
     def all_reduce(self, space: Space, parts: Parts, step: Step) -> Transfer:

@@ -31,8 +31,6 @@ class LocalCommunicator:
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         step: Step,
-        *,
-        alone: bool = False,
     ) -> "LocalCommunicator":
         for send, recv in parts:
             host_bytes(recv)[:] = host_bytes(send)[: recv.nbytes]

@@ -87,8 +87,6 @@ class MpiCommunicator(WatchedCommunicator):
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         step: Step,
-        *,
-        alone: bool = False,
     ) -> "MpiTransfer":
         sends: Messages = []
         recvs: Messages = []

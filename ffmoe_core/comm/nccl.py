@@ -1,9 +1,9 @@
 """NcclCommunicator: arrays in GPU memory over NCCL, through CuPy.
 
 NCCL has no all-to-all: one is a group of sends and receives. Exchanges run on a stream of their own, so that the
-caller's stream can compute beside them, or on the caller's where nothing is to run beside; the host waits for none of
-them. Whether one takes too long is seen by a thread, which then ends NCCL's kernels: whoever waits for the device comes
-back, and the next call raises CommError.
+caller's stream can compute beside them, and the host waits for none of them. Whether one takes too long is seen by
+a thread, which then ends NCCL's kernels: whoever waits for the device comes back, and the next call raises
+CommError.
 """
 
 import ctypes
@@ -101,12 +101,11 @@ class NcclCommunicator(WatchedCommunicator):
         send_counts: Sequence[int],
         recv_counts: Sequence[int],
         step: Step,
-        *,
-        alone: bool = False,
     ) -> "NcclTransfer":
         to_ranks, from_ranks = self._runs(send_counts), self._runs(recv_counts)
 
-        def launch(stream: int) -> None:
+        def launch() -> None:
+            stream = self._stream.ptr
             for send, recv in parts:
                 address, width = send.ptr, row_bytes(send)
                 for first, rows, rank in to_ranks:
@@ -115,17 +114,17 @@ class NcclCommunicator(WatchedCommunicator):
                 for first, rows, rank in from_ranks:
                     self._comm.recv(address + first * width, rows * width, nccl.NCCL_UINT8, rank, stream)
 
-        transfer = self._exchange(space, parts, step, launch, alone)
+        transfer = self._exchange(space, parts, step, launch)
         self._count_bytes(parts, send_counts, step)
         return transfer
 
     def all_reduce(self, space: Space, parts: Parts, step: Step) -> "NcclTransfer":
-        def launch(stream: int) -> None:
+        def launch() -> None:
             for send, recv in parts:
                 kind = self._types[DTYPE_NAMES[send.dtype]]
-                self._comm.allReduce(send.ptr, recv.ptr, send.size, kind, nccl.NCCL_SUM, stream)
+                self._comm.allReduce(send.ptr, recv.ptr, send.size, kind, nccl.NCCL_SUM, self._stream.ptr)
 
-        return self._exchange(space, parts, step, launch, alone=False)
+        return self._exchange(space, parts, step, launch)
 
     def read(self, space: Space, array: Array, step: Step) -> Callable[[], np.ndarray]:
         with _OnDevice(self.device_id):
@@ -160,12 +159,8 @@ class NcclCommunicator(WatchedCommunicator):
             if counts[place + rank]
         ]
 
-    def _exchange(
-        self, space: Space, parts: Parts, step: Step, launch: Callable[[int], None], alone: bool
-    ) -> "NcclTransfer":
-        """``launch(stream)`` after all that the caller's stream has to do so far: on the exchanges' stream or, where
-        it has nothing else to do, on that one. NCCL itself keeps exchanges on different streams in their order.
-        """
+    def _exchange(self, space: Space, parts: Parts, step: Step, launch: Callable[[], None]) -> "NcclTransfer":
+        """What is launched goes to the exchanges' stream, after all that the caller's stream has to do so far."""
         for pair in parts:
             for array in pair:
                 if array.device_type != DeviceType.CUDA or array.device_id != self.device_id:
@@ -174,17 +169,15 @@ class NcclCommunicator(WatchedCommunicator):
                         f"on {array.device}"
                     )
         number = self._watch.begin(step)
-        stream = space.stream if alone else self._stream.ptr
         with _OnDevice(self.device_id):  # stream 0 is that of the current device
             exchange = _Underway(number, _record(space.stream))
             # before it is launched: at the first one NCCL waits for the others there
             self._order.append(exchange)
-            if not alone:
-                runtime.streamWaitEvent(stream, exchange.ready.ptr)
+            runtime.streamWaitEvent(self._stream.ptr, exchange.ready.ptr)
             try:
                 nccl.groupStart()
                 try:
-                    launch(stream)
+                    launch()
                 finally:
                     nccl.groupEnd()
             except nccl.NcclError as error:
@@ -192,9 +185,7 @@ class NcclCommunicator(WatchedCommunicator):
                     self._watch.begin(step)  # raises
                 self.abort(f"NcclError: {error}")
                 raise CommError(f"{step}: NCCL failed on this rank ({error})", (self.rank,), *step) from error
-            exchange.ended = _record(stream)
-        if alone:
-            return NcclTransfer(self, space, None, None)
+            exchange.ended = _record(self._stream.ptr)
         transfer = NcclTransfer(self, space, exchange.ended, parts)
         self._underway.add(transfer)
         return transfer
@@ -225,7 +216,7 @@ class NcclTransfer:
     """See ``Transfer``: the caller's stream waits, the host does not.
 
     Memory that was allocated for the caller's stream may be used again by what comes later on that stream. So it
-    is kept until the stream waits for the exchange, unless that runs there itself (``ended`` None).
+    is kept until the stream waits for the exchange.
     """
 
     def __init__(self, comm: NcclCommunicator, space: Space, ended: Any, keep: Any) -> None:
@@ -235,8 +226,6 @@ class NcclTransfer:
         self._keep = keep
 
     def wait(self) -> None:
-        if self._ended is None:
-            return
         with _OnDevice(self._comm.device_id):
             runtime.streamWaitEvent(self._stream, self._ended.ptr)
         self._comm._underway.discard(self)

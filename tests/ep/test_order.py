@@ -17,9 +17,9 @@ class Logging(LocalCommunicator):
         super().__init__()
         self.log = log
 
-    def all_to_all_v(self, space, parts, send_counts, recv_counts, step, **options):
+    def all_to_all_v(self, space, parts, send_counts, recv_counts, step):
         self.log.append(step.name)
-        return super().all_to_all_v(space, parts, send_counts, recv_counts, step, **options)
+        return super().all_to_all_v(space, parts, send_counts, recv_counts, step)
 
     def all_reduce(self, space, parts, step):
         self.log.append(step.name)
