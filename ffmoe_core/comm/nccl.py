@@ -83,7 +83,6 @@ class NcclCommunicator(WatchedCommunicator):
         with cupy.cuda.Device(self.device_id):
             self._comm = nccl.NcclCommunicator(self.size, unique_id, self.rank)
             self._stream = cupy.cuda.Stream(non_blocking=True, priority=HIGH_PRIORITY)
-        self._ranks = (*self._others, self.rank)
         self._types = {
             "int32": nccl.NCCL_INT32,
             "int64": nccl.NCCL_INT64,
@@ -152,12 +151,8 @@ class NcclCommunicator(WatchedCommunicator):
         A rank's rows to itself go the same way: a copy beside the others would take their bandwidth.
         """
         before = list(accumulate(counts, initial=0))
-        return [
-            (before[place + rank], counts[place + rank], rank)
-            for place in range(0, len(counts), self.size)
-            for rank in self._ranks
-            if counts[place + rank]
-        ]
+        places = self._in_rounds(len(counts), (*self._others, self.rank))
+        return [(before[place], counts[place], rank) for place, rank in places if counts[place]]
 
     def _exchange(self, space: Space, parts: Parts, step: Step, launch: Callable[[], None]) -> "NcclTransfer":
         """What is launched goes to the exchanges' stream, after all that the caller's stream has to do so far."""
