@@ -59,7 +59,11 @@ def start(cpu: bool) -> tuple[torch.device, torch.dtype]:
 
 
 class Timer:
-    """Times calls on this rank's device; a time is that of the slowest rank, in milliseconds."""
+    """Times calls on this rank's device; a time is that of the slowest rank, in milliseconds.
+
+    Each is timed right after a call of the same that is not, as a layer is in training: torch's allocator then has the
+    memory it takes, which others that were called in between may have cut into pieces.
+    """
 
     def __init__(self, device: torch.device, rounds: int) -> None:
         self.device = device
@@ -78,6 +82,7 @@ class Timer:
         return {name: statistics.median(taken) for name, taken in times.items()}
 
     def once(self, call: Call) -> float:
+        call()
         dist.barrier()
         self.wait()
         start = time.perf_counter()
