@@ -128,41 +128,37 @@ template <int SIZE> struct TileMajorRows : TileMajor<SIZE> {
     }
 };
 
-// Rows that an index names, unless it is nullptr. It is read one step ahead of the copies that need it.
+// Rows that an index names. It is read one step ahead of the copies that need it.
 template <int SIZE> struct TileMajorGathered : TileMajor<SIZE> {
     using Layout = TileMajor<SIZE>;
-    const X* base;  // at this thread's columns
-    int pitch;      // bytes
-    const int* index;
-    int row;    // of the next step, the first of this thread
-    int depth;  // rows of the contraction
+    const X* base;     // at this thread's columns
+    int pitch;         // bytes
+    const int* index;  // at this thread's first row of the step to be looked up
+    int left;          // rows of the contraction from there on
     int next[Layout::COPIES];
     uint32 target = Layout::first_target();
 
     __device__ TileMajorGathered(const X* matrix, const int* row_index, int contraction, int first, int columns) {
         base = matrix + first + Layout::column();
         pitch = columns * int(sizeof(X));
-        index = row_index;
-        row = Layout::row();
-        depth = first + Layout::column() < columns ? contraction : 0;
+        index = row_index + Layout::row();
+        left = first + Layout::column() < columns ? contraction - Layout::row() : 0;
         look_up();
     }
 
     __device__ __forceinline__ void look_up() {
 #pragma unroll
-        for (int i = 0; i < Layout::COPIES; ++i) {
-            const int at = row + Layout::STRIDE * i;
-            next[i] = at >= depth ? -1 : index != nullptr ? index[at] : at;
-        }
+        for (int i = 0; i < Layout::COPIES; ++i) next[i] = Layout::STRIDE * i < left ? index[Layout::STRIDE * i] : 0;
     }
 
     __device__ __forceinline__ void copy(uint32 stage) {
 #pragma unroll
         for (int i = 0; i < Layout::COPIES; ++i)
             copy16_async(
-                stage + target + i * Layout::TARGET_STRIDE, advanced(base, max(next[i], 0), pitch), next[i] >= 0
+                stage + target + i * Layout::TARGET_STRIDE, advanced(base, next[i], pitch), Layout::STRIDE * i < left
             );
-        row += DEPTH;
+        index += DEPTH;
+        left -= DEPTH;
         look_up();
     }
 };
@@ -354,6 +350,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm(
 
 #elif defined(WGRAD)
 
+// use(operand): the rows from `begin` on, or those that the index names from there on, unless it is nullptr
+template <int SIZE, class Use>
+__device__ __forceinline__ void with_rows(
+    const X* matrix, const int* index, int begin, int contraction, int first, int columns, Use use
+) {
+    if (index == nullptr)
+        use(TileMajorRows<SIZE>(matrix + int64(begin) * columns, contraction, first, columns));
+    else
+        use(TileMajorGathered<SIZE>(matrix, index + begin, contraction, first, columns));
+}
+
 // out[e][m, n] (+)= scale * sum over the rows r of e of a[a_index[r], m] b[b_index[r], n]
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm_wgrad(
     const X* a, const X* b, const int* offsets, const int* a_index, const int* b_index,
@@ -363,16 +370,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm_wgrad
     const int first_row = place.row * TILE_ROWS, first_column = place.column * TILE_COLUMNS;
     const int group = blockIdx.y;
     const int begin = offsets[group * chunks], depth = offsets[(group + 1) * chunks] - begin;
-    TileMajorGathered<TILE_ROWS> left(
-        a_index != nullptr ? a : a + int64(begin) * a_columns, a_index != nullptr ? a_index + begin : nullptr,
-        depth, first_row, a_columns
-    );
-    TileMajorGathered<TILE_COLUMNS> right(
-        b_index != nullptr ? b : b + int64(begin) * b_columns, b_index != nullptr ? b_index + begin : nullptr,
-        depth, first_column, b_columns
-    );
     Accumulators acc = {};
-    multiply_tile(acc, left, right, depth);
+    // Rows that follow each other take fewer instructions than those that an index names: a loop for each case.
+    with_rows<TILE_ROWS>(a, a_index, begin, depth, first_row, a_columns, [&](auto left) {
+        with_rows<TILE_COLUMNS>(b, b_index, begin, depth, first_column, b_columns, [&](auto right) {
+            multiply_tile(acc, left, right, depth);
+        });
+    });
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
