@@ -18,6 +18,8 @@ template <int OWN> struct ClusterWalk {
         : tiles(list, num_groups, column_tiles) {}
 
     __device__ int size() const { return tiles.list.first_tile[tiles.num_groups + 1]; }
+    // The first so many are the groups'; then come those of the rows that are nobody's.
+    __device__ int products() const { return tiles.list.first_tile[tiles.num_groups]; }
 
     // The block's part of the cluster's index-th tile; it may have no rows.
     __device__ __forceinline__ bool find(int index, Tile& tile) {

@@ -36,6 +36,11 @@ template <int STAGES, int OWN_BYTES, int COMMON_BYTES, int BARRIERS_AT> struct R
         stage = (stage + 1) % STAGES;
         parity ^= stage == 0;
     }
+    __device__ __forceinline__ void skip(int steps) {
+        stage += steps;
+        parity ^= stage / STAGES % 2;
+        stage %= STAGES;
+    }
     static __device__ __forceinline__ RingBarriers<STAGES>& barriers() {
         return *reinterpret_cast<RingBarriers<STAGES>*>(dynamic_shared<ATOM_BYTES>() + BARRIERS_AT);
     }
