@@ -20,24 +20,27 @@
 #error "grouped_gemm_sm90.cu is for sm_90a"
 #endif
 
+#include "common/boxes.cuh"
+#include "common/clear.cuh"
 #include "common/cluster.cuh"
+#include "common/cluster_walk.cuh"
 #include "common/cp_async.cuh"
 #include "common/dynamic_shared.cuh"
 #include "common/epilogue.cuh"
 #include "common/mbarrier.cuh"
 #include "common/mma.cuh"
 #include "common/pace.cuh"
-#include "common/quad.cuh"
-#include "common/stmatrix.cuh"
-#include "common/tile_walk.cuh"
+#include "common/pieces.cuh"
+#include "common/ring.cuh"
+#include "common/roles.cuh"
 #include "common/tma.cuh"
 #include "common/types.cuh"
+#include "common/warp.cuh"
 #include "common/warpgroup.cuh"
 #include "common/wgmma.cuh"
 
 using X = type_of<X_TYPE>;
 
-constexpr int CLUSTER = 2;              // blocks
 constexpr int OWN = 128, SHARED = 256;  // rows or columns of a block's operands
 constexpr int PART = SHARED / CLUSTER;  // what a block fetches of the shared operand
 constexpr int TILE_ROWS = SHARE_A ? SHARED : OWN, TILE_COLUMNS = SHARE_A ? OWN : SHARED;
@@ -53,45 +56,23 @@ constexpr int FETCH_REGISTERS = 80, MULTIPLY_REGISTERS = 208;
 
 // --- shared memory ---
 
-// Finished sums leave 64 columns of 64 rows at a time, each warp's 16 rows for itself, through buffers: a tile's last
-// stage, which is held back for that, and a spare one for each warpgroup that multiplies.
-constexpr int BUFFER_BYTES = 64 * SWIZZLE_BYTES;
+// Finished sums leave 64 columns of 64 rows at a time through buffers: a tile's last stage, which is held back for
+// that, and a spare one for each warpgroup that multiplies.
+constexpr int BUFFER_BYTES = 4 * PIECE_BYTES;
 constexpr int BUFFERS_OF_STAGE = STAGE_BYTES / CONSUMERS / BUFFER_BYTES, BUFFERS = BUFFERS_OF_STAGE + 1;
 
 struct Shared {
-    uint64 full[STAGES];   // a stage's operands have come
-    uint64 empty[STAGES];  // both blocks have multiplied them
+    RingBarriers<STAGES> barriers;
     int rows[STAGES][DEPTH];  // of a matrix whose gathered rows are the contraction
     TileList tiles;
 };
+constexpr int SHARED_AT = STAGES * STAGE_BYTES + CONSUMERS * BUFFER_BYTES;
 
 __device__ __forceinline__ Shared& shared() {
-    return *reinterpret_cast<Shared*>(dynamic_shared<ATOM_BYTES>() + STAGES * STAGE_BYTES + CONSUMERS * BUFFER_BYTES);
+    return *reinterpret_cast<Shared*>(dynamic_shared<ATOM_BYTES>() + SHARED_AT);
 }
 
-// A place in the ring of stages, the same for who fills and who reads.
-struct Ring {
-    int stage = 0;
-    uint32 parity = 0;  // of the pass through the ring
-
-    __device__ __forceinline__ void advance() {
-        stage = (stage + 1) % STAGES;
-        parity ^= stage == 0;
-    }
-    __device__ __forceinline__ uint32 full() const { return shared_address(shared().full + stage); }
-    __device__ __forceinline__ uint32 empty() const { return shared_address(shared().empty + stage); }
-    __device__ __forceinline__ uint32 own() const {
-        return shared_address(dynamic_shared<ATOM_BYTES>()) + stage * STAGE_BYTES;
-    }
-    __device__ __forceinline__ uint32 common() const { return own() + OWN_BYTES; }
-    // where this block's part of the shared operand goes, in all blocks
-    __device__ __forceinline__ uint32 common_part() const {
-        return common() + cluster_rank() * (SHARED_BYTES / CLUSTER);
-    }
-};
-
-__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-__device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+using Ring = RingOf<STAGES, OWN_BYTES, SHARED_BYTES, SHARED_AT>;
 
 // --- fetching, by the threads of the first warpgroup ---
 
@@ -190,46 +171,12 @@ __device__ __forceinline__ void copy_last_rows(
     }
 }
 
-// Boxes of a matrix: SIZE rows, the contraction contiguous; or SIZE columns of DEPTH rows, 64 columns a box.
-template <int SIZE, bool TILE_MAJOR, class CopyBox>
-__device__ __forceinline__ void copy_boxes(uint32 to, int first, int k, CopyBox copy) {
-    if constexpr (TILE_MAJOR) {
-#pragma unroll
-        for (int i = 0; i < SIZE / 64; ++i) copy(to + i * TILE_MAJOR_STRIDE, first + 64 * i, k);
-    } else {
-        copy(to, k, first);
-    }
-}
-// To this block, or to every block of the cluster.
-template <int SIZE, bool TILE_MAJOR>
-__device__ __forceinline__ void copy_own(
-    uint32 to, const TensorMap& map, int first, int k, int matrix, uint32 full
-) {
-    copy_boxes<SIZE, TILE_MAJOR>(to, first, k, [&](uint32 at, int x, int y) {
-        copy_box(at, map, x, y, matrix, full);
-    });
-}
-template <int SIZE, bool TILE_MAJOR>
-__device__ __forceinline__ void copy_to_all(
-    uint32 to, const TensorMap& map, int first, int k, int matrix, uint32 full
-) {
-    copy_boxes<SIZE, TILE_MAJOR>(to, first, k, [&](uint32 at, int x, int y) {
-        copy_box_to((1 << CLUSTER) - 1, at, map, x, y, matrix, full);
-    });
-}
-
 // --- multiplying ---
 
 using Sums = float[BLOCKS][TILE_COLUMNS / 8][4];
 
-__device__ __forceinline__ int consumer() { return threadIdx.x / WARPGROUP - 1; }
 // The tile's row where this warpgroup's block m starts.
 __device__ __forceinline__ int block_row(int m) { return 64 * (consumer() + CONSUMERS * m); }
-
-// This warp has read a stage: tells the blocks that fill it.
-__device__ __forceinline__ void release(uint32 empty) {
-    if (lane() < CLUSTER) arrive(empty, lane());
-}
 
 // Releases the stage of this barrier, if any, when the stores of this warp have read what they take from there.
 __device__ __forceinline__ void let_go(uint32& held) {
@@ -275,11 +222,7 @@ __device__ __forceinline__ Ring multiply_tile(Sums& sums, Ring& ring, int steps,
 // Leaves a tile, none of whose rows are this warpgroup's, to the others.
 __device__ __forceinline__ void pass_tile(Ring& ring, int steps, uint32& held) {
     let_go(held);
-    for (int step = 0; step < steps; ++step, ring.advance()) {
-        wait(ring.full(), ring.parity);
-        __syncwarp();  // the lanes that release must not leave the others phases behind
-        release(ring.empty());
-    }
+    pass_stages(ring, steps);
 }
 
 // Before a tile's last stage is written to: all who multiply it have read its operands.
@@ -294,39 +237,8 @@ __device__ __forceinline__ void meet_multipliers(int rows) {
 __device__ __forceinline__ int tile_row(int m, int half) {
     return block_row(m) + warp() % 4 * 16 + 8 * half + lane() / 4;
 }
-// A tile of a result: the element it starts at, in memory and in a tensor map, and how much of it exists.
-struct TileOut {
-    X* at;
-    int64 pitch;
-    const TensorMap& map;
-    int x, y, z;
-    int rows, columns;
-};
-
-// Where a thread's 16 bytes of a warp's rows in a buffer are.
-__device__ __forceinline__ uint32 in_buffer(uint32 buffer, int row, int chunk) {
-    return buffer + row * SWIZZLE_BYTES + ((chunk ^ row % 8) << 4);
-}
-
-// 16 rows of 64 columns from a warp's buffer, published, to the tile, where they are row and column of it. The copy
-// engine does it, but for rows behind the last, which may be another group's, unless the map ends there (CLIPPED).
-template <bool CLIPPED>
-__device__ __forceinline__ void store_buffer(uint32 buffer, const TileOut& to, int row, int column) {
-    if (CLIPPED || row + 16 <= to.rows) {
-        if (lane() == 0) store_box(to.map, to.x + column, to.y + row, to.z, buffer);
-    } else if constexpr (!CLIPPED) {
-#pragma unroll
-        for (int i = 0; i < 16; i += 4) {
-            const int at = i + lane() / 8, chunk = lane() % 8;
-            Vector<uint32, 4> piece;
-            load_shared(piece.at, in_buffer(buffer, at, chunk));
-            if (row + at < to.rows && column + chunk * 8 < to.columns)
-                stream_vector16(
-                    reinterpret_cast<uint32*>(to.at + int64(row + at) * to.pitch + column + chunk * 8), piece
-                );
-        }
-    }
-}
+// The tile's row where this warp's 16 of block m start.
+__device__ __forceinline__ int warp_row(int m) { return block_row(m) + warp() % 4 * 16; }
 
 // The buffers of a tile whose last stage is held back, one after the other.
 struct Buffers {
@@ -342,40 +254,16 @@ struct Buffers {
         const uint32 at = i < BUFFERS_OF_STAGE
             ? stage.own() + (consumer() * BUFFERS_OF_STAGE + i) * BUFFER_BYTES
             : shared_address(dynamic_shared<ATOM_BYTES>()) + STAGES * STAGE_BYTES + consumer() * BUFFER_BYTES;
-        return at + warp() % 4 * (BUFFER_BYTES / 4);
+        return at + warp() % 4 * PIECE_BYTES;
     }
 };
 
-// pair(n, half) are the elements of row 8 half + lane / 4 of the warp's and of columns 8 n + 2 (lane % 4) and the
-// one behind it, both from `column` on.
-template <bool CLIPPED, class Pair>
-__device__ __forceinline__ void store_piece(Buffers& buffers, const TileOut& to, int m, int column, Pair pair) {
-    const int row = block_row(m) + warp() % 4 * 16;
-    if (row >= to.rows || column >= to.columns) return;
-    const uint32 buffer = buffers.next();
-#pragma unroll
-    for (int n = 0; n < 8; n += 2) {
-        const uint32 four[4] = {pair(n, 0), pair(n, 1), pair(n + 1, 0), pair(n + 1, 1)};
-        store_matrices(in_buffer(buffer, lane() % 16, n + lane() / 16), four);
-    }
-    publish_shared();
-    __syncwarp();
-    store_buffer<CLIPPED>(buffer, to, row, column);
-    commit_boxes();
-}
-
 // All of a tile's sums.
 template <bool CLIPPED>
-__device__ __forceinline__ void store_tile(const Sums& sums, const Ring& stage, const TileOut& to) {
+__device__ __forceinline__ void store_tile(const Sums& sums, const Ring& stage, const TileOut<X>& to) {
     Buffers buffers{stage};
 #pragma unroll
-    for (int m = 0; m < BLOCKS; ++m)
-#pragma unroll
-        for (int piece = 0; piece < TILE_COLUMNS / 64; ++piece)
-            store_piece<CLIPPED>(buffers, to, m, 64 * piece, [&](int n, int half) {
-                const float* two = &sums[m][8 * piece + n][2 * half];
-                return pack2<X>(two[0], two[1]);
-            });
+    for (int m = 0; m < BLOCKS; ++m) store_rows<CLIPPED>(buffers, to, warp_row(m), sums[m]);
 }
 
 // out (+)= sums, where out is float32 or added to. It points at the tile's first element; so many of its rows and
@@ -414,43 +302,22 @@ __device__ __forceinline__ void scale_all(Sums& sums, float scale) {
 // Zeros in this warpgroup's part of a tile that has no product.
 template <class Out>
 __device__ __forceinline__ void clear_tile(Out* out, int rows, int columns, int64 pitch) {
-    constexpr int WIDTH = VECTOR_WIDTH<Out>, CHUNKS = TILE_COLUMNS / WIDTH;
     for (int m = 0; m < BLOCKS; ++m)
-        for (int i = threadIdx.x % WARPGROUP; i < 64 * CHUNKS; i += WARPGROUP) {
-            const int row = block_row(m) + i / CHUNKS, column = i % CHUNKS * WIDTH;
-            if (row < rows && column < columns) store_vector(out + row * pitch + column, Vector16<Out>{});
-        }
+        clear<64, TILE_COLUMNS>(out, block_row(m), rows, columns, pitch);
 }
 
 // --- roles ---
 
-// The block's threads part: the first warpgroup does fetch_all(), the others multiply_all(). So many arrivals
-// tell that a stage has come.
+// The block's threads part. So many arrivals tell that a stage has come.
 template <class Fetch, class Multiply>
 __device__ __forceinline__ void part(int arrivals, Fetch fetch_all, Multiply multiply_all) {
-    if (threadIdx.x == WARPGROUP) {
-        for (int i = 0; i < STAGES; ++i) {
-            init_barrier(shared_address(shared().full + i), arrivals);
-            init_barrier(shared_address(shared().empty + i), CLUSTER * CONSUMERS * WARPGROUP / 32);
-        }
-        publish_barriers();
-    }
-    sync_cluster();
-    if (threadIdx.x < WARPGROUP) {
-        give_registers<FETCH_REGISTERS>();
-        fetch_all();
-    } else {
-        take_registers<MULTIPLY_REGISTERS>();
-        multiply_all();
-    }
-    sync_cluster();  // a block's shared memory must last until nothing more goes there
+    share_work<Ring, FETCH_REGISTERS, MULTIPLY_REGISTERS>(
+        arrivals, CLUSTER * CONSUMERS * WARPGROUP / 32, fetch_all, multiply_all
+    );
 }
 
 // What a stage waits for besides bytes.
 constexpr int COPY_ARRIVALS = 1, GATHER_ARRIVALS = COPY_ARRIVALS + WARPGROUP;
-
-__device__ __forceinline__ int first_tile() { return blockIdx.x / CLUSTER; }
-__device__ __forceinline__ int tile_stride() { return gridDim.x / CLUSTER; }
 
 #if !defined(WGRAD)
 
@@ -473,24 +340,7 @@ struct Rows {
     }
 };
 
-// The tiles of this block, by rising index.
-struct Walk {
-    TileWalk<CLUSTER * OWN> tiles;
-
-    __device__ Walk(const Rows& rows) : tiles(shared().tiles, rows.num_groups, rows.column_tiles) {}
-
-    __device__ int size() const { return tiles.list.first_tile[tiles.num_groups + 1]; }
-
-    // The block's part of the cluster's index-th tile; it may have no rows.
-    __device__ __forceinline__ bool find(int index, Tile& tile) {
-        if (!tiles.find(index, tile)) return false;
-        const int share = tile.count > OWN ? OWN : OWN / 2;
-        const int before = min(int(cluster_rank()) * share, tile.count);
-        tile.first += before;
-        tile.count = min(share, tile.count - before);
-        return true;
-    }
-};
+using Walk = ClusterWalk<OWN>;
 
 // For every tile: its product, then held = finish(sums, tile, ring, last) with its last stage, which finish releases or
 // returns for let_go; or clear(tile) for rows that are nobody's. For a
@@ -501,13 +351,13 @@ __device__ __forceinline__ void multiply_rows(
     const Rows& rows, CopyPart copy_part, CopyMore copy_more, Finish finish, Clear clear
 ) {
     if (threadIdx.x < 32)
-        shared().tiles.fill(rows.groups, rows.num_groups, CLUSTER * OWN, rows.column_tiles);
+        shared().tiles.fill(rows.groups, rows.num_groups, Walk::ROWS, rows.column_tiles);
     const auto fetch_all = [&] {
         // With nothing to gather one thread is enough; and one that waits for stages, but that nobody waits for,
         // might fall behind by two phases of a barrier, and wait for ever.
         if (!GATHER && threadIdx.x > 0) return;
         GatheredRows gathered;
-        Walk walk(rows);
+        Walk walk(shared().tiles, rows.num_groups, rows.column_tiles);
         // the other block of a cluster can't get far ahead of the one that waits
         const bool sets_pace = threadIdx.x == 0 && cluster_rank() == 0;
         Pace pace{rows.due};
@@ -544,7 +394,7 @@ __device__ __forceinline__ void multiply_rows(
         }
     };
     const auto multiply_all = [&] {
-        Walk walk(rows);
+        Walk walk(shared().tiles, rows.num_groups, rows.column_tiles);
         Ring ring;
         Tile tile;
         uint32 held = 0;
@@ -629,11 +479,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
 #pragma unroll
             for (int column = 0; column < TILE_COLUMNS; column += 64) {
                 const int up = column / GATE_COLUMNS;
-                store_piece<false>(
+                store_piece<false, X>(
                     buffers,
                     {z_tile + up * intermediate, 2 * int64(intermediate), z_map, first, tile.first, up,
                      tile.count, columns},
-                    0, column % GATE_COLUMNS,
+                    warp_row(0), column % GATE_COLUMNS,
                     [&](int n, int half) {
                         const float* two = &sums[0][column / 8 + n][2 * half];
                         return pack2<X>(two[0], two[1]);
@@ -642,11 +492,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
             }
 #pragma unroll
         for (int column = 0; column < GATE_COLUMNS; column += 64)
-            store_piece<false>(
+            store_piece<false, X>(
                 buffers,
                 {a + int64(tile.first) * intermediate + first, intermediate, a_map, first, tile.first, 0,
                  tile.count, columns},
-                0, column,
+                warp_row(0), column,
                 [&](int n, int half) {
                     const float* gate = &sums[0][column / 8 + n][2 * half];
                     const float* up = &sums[0][(column + GATE_COLUMNS) / 8 + n][2 * half];
@@ -716,11 +566,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         release(last.empty());
         const int first = tile.column * TILE_COLUMNS, columns = intermediate - first;
         X* dz_tile = dz + int64(tile.first) * 2 * intermediate + first;
-        const TileOut d_gate = {dz_tile, 2 * int64(intermediate), dz_map, first, tile.first, 0, tile.count, columns};
-        const TileOut d_up = {
+        const TileOut<X> d_gate = {dz_tile, 2 * int64(intermediate), dz_map, first, tile.first, 0, tile.count, columns};
+        const TileOut<X> d_up = {
             dz_tile + intermediate, 2 * int64(intermediate), dz_map, first, tile.first, 1, tile.count, columns
         };
-        const TileOut scaled = {
+        const TileOut<X> scaled = {
             pa + int64(tile.first) * intermediate + first, intermediate, pa_map, first, tile.first, 0, tile.count,
             columns
         };
@@ -751,7 +601,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
             }
             publish_shared();
             __syncwarp();
-            const int row = block_row(0) + warp() % 4 * 16, column = i * PIECE_COLUMNS;
+            const int row = warp_row(0), column = i * PIECE_COLUMNS;
             const uint32 from = ring.own() + row * SWIZZLE_BYTES;
             if (row < tile.count && column < columns) {
                 store_buffer<false>(from, d_gate, row, column);

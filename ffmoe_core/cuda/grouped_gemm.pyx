@@ -21,6 +21,7 @@ cdef enum:
     WIDE
     CLUSTER
     PACED
+    TURNS
 
 cdef tuple FILES = ("grouped_gemm_simt.cu", "grouped_gemm_sm80.cu", "grouped_gemm_sm80.cu")
 cdef int[3] TILE_COLUMNS = [128, 128, 256]
@@ -112,22 +113,23 @@ cdef int64_t row_tiles(int64_t num_rows, int64_t num_groups) noexcept:
 
 cdef int path_of(
     str product, int dtype, uintptr_t addresses, int64_t num_groups, int64_t num_rows, int64_t width, int64_t columns,
-    int device, bint gathers_both=False,
+    int device, int gathered,
 ) except -1:
-    """How to compute a product; tiles.py says what its sizes are. ``addresses`` are or-ed together.
+    """How to compute a product; tiles.py says what its sizes are. ``addresses`` are or-ed together; an index names
+    the rows of so many operands.
 
     The tensor cores take 16-bit elements, widths that divide by 8, and addresses that 16-byte accesses can use.
     """
     if not (dtype == BFLOAT16 or dtype == FLOAT16) or (width | columns) % 8 != 0 or addresses % 16 != 0:
         return SIMT
-    cdef bint hopper = not gathers_both and sm90.runs_on(device, num_groups)
+    cdef bint hopper = gathered < 2 and sm90.runs_on(device, num_groups)
     # in octaves, as it may be another number each time
     cdef int rows = <int>(log2(max(num_rows, 1)) + 0.5)
-    key = product, device, hopper, num_groups, rows, width, columns
+    key = product, device, hopper, gathered, num_groups, rows, width, columns
     path = choices.get(key)
     if path is None:
         size = Size(num_groups, 1 << rows, width, columns)
-        path = choices[key] = choose(product, size, gpu_of(device)._replace(hopper=hopper))
+        path = choices[key] = choose(product, size, gpu_of(device)._replace(hopper=hopper), gathered > 0)
     return path
 
 
@@ -161,8 +163,11 @@ def grouped_gemm(
         return
     path = path_of(
         "gemm_nk" if transpose_b else "gemm_kn", a.dtype, addresses, num_groups, num_rows, depth, columns,
-        space.device_id,
+        space.device_id, index != 0,
     )
+    if path == TURNS:
+        sm90.grouped_gemm_in_turns(space, a, b, expert_offsets, transpose_b, out, chunks, chunk)
+        return
     if path >= CLUSTER:
         sm90.grouped_gemm(space, a, b, expert_offsets, row_index, transpose_b, out, path == PACED, chunks, chunk)
         return
@@ -189,7 +194,7 @@ def grouped_gemm_wgrad(
     cdef int path
     path = path_of(
         "wgrad", a.dtype, addresses, num_groups, num_rows, a_columns, b_columns, space.device_id,
-        left != 0 and right != 0,
+        (left != 0) + (right != 0),
     )
     if path >= CLUSTER:
         sm90.grouped_gemm_wgrad(space, a, b, expert_offsets, a_index, b_index, out, accumulate, scale, chunks)
@@ -220,7 +225,9 @@ def grouped_glu(
     cdef int path
     if num_rows == 0:
         return
-    path = path_of("glu", x.dtype, addresses, num_groups, num_rows, depth, intermediate, space.device_id)
+    path = path_of(
+        "glu", x.dtype, addresses, num_groups, num_rows, depth, intermediate, space.device_id, index != 0
+    )
     if path >= CLUSTER:
         sm90.grouped_glu(space, x, w_up, expert_offsets, row_index, act, z, a, path == PACED, chunks, chunk)
         return
@@ -251,7 +258,8 @@ def grouped_glu_backward(
     if num_rows == 0:
         return
     path = path_of(
-        "glu_backward", dout.dtype, addresses, num_groups, num_rows, depth, intermediate, space.device_id
+        "glu_backward", dout.dtype, addresses, num_groups, num_rows, depth, intermediate, space.device_id,
+        index != 0,
     )
     # so many columns have their part of a row's dot product; the parts are added in order
     count = <int>divided_up(intermediate, sm90.PART_COLUMNS if path >= CLUSTER else PART_COLUMNS)

@@ -11,6 +11,9 @@ cdef int grouped_gemm(
     Space space, Array a, Array b, Array expert_offsets, Array row_index, bint transpose_b, Array out,
     bint paced, int chunks, int chunk,
 ) except -1
+cdef int grouped_gemm_in_turns(
+    Space space, Array a, Array b, Array expert_offsets, bint transpose_b, Array out, int chunks, int chunk
+) except -1
 cdef int grouped_gemm_wgrad(
     Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out,
     bint accumulate, double scale, int chunks=*,

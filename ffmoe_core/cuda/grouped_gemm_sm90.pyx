@@ -1,4 +1,7 @@
-"""Grouped products on Hopper: variants and arguments. The kernels are in kernels/grouped_gemm_sm90.cu."""
+"""Grouped products on Hopper: variants and arguments.
+
+The kernels are in kernels/grouped_gemm_sm90.cu and, those whose warpgroups take turns, grouped_gemm_turns_sm90.cu.
+"""
 
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport getenv
@@ -8,6 +11,7 @@ from .launch cimport Parameter, compute_capability, kernel, multiprocessor_count
 from .tensor_map cimport TensorMap, map_halves, map_matrices
 
 cdef str FILE = "grouped_gemm_sm90.cu"
+cdef str TURNS_FILE = "grouped_gemm_turns_sm90.cu"
 # The same as in the kernels.
 cdef enum:
     CLUSTER = 2
@@ -17,11 +21,18 @@ cdef enum:
     DEPTH = 64
     STAGES = 4
     STORED = 16   # rows of what a warp stores as one
+    TURNS_COLUMNS = 192  # in the place of SHARED where warpgroups take turns
     MOST_GROUPS = 1024
     # the stages, the spare buffers, then struct Shared: barriers, rows and the list of tiles
     STAGES_BYTES = STAGES * (OWN + SHARED) * DEPTH * 2
     BUFFERS_BYTES = 2 * 64 * 64 * 2
-    SHARED_BYTES = STAGES_BYTES + BUFFERS_BYTES + STAGES * (2 * 8 + DEPTH * 4) + (3 * MOST_GROUPS + 4) * 4
+    BARRIERS_BYTES = STAGES * 2 * 8
+    TILES_BYTES = (3 * MOST_GROUPS + 4) * 4
+    SHARED_BYTES = STAGES_BYTES + BUFFERS_BYTES + BARRIERS_BYTES + STAGES * DEPTH * 4 + TILES_BYTES
+    # the same where warpgroups take turns; each of their warps has three buffers
+    TURNS_STAGES_BYTES = STAGES * (OWN + TURNS_COLUMNS) * DEPTH * 2
+    TURNS_BUFFERS_BYTES = 2 * 4 * 3 * STORED * 64 * 2
+    TURNS_SHARED_BYTES = TURNS_STAGES_BYTES + TURNS_BUFFERS_BYTES + BARRIERS_BYTES + TILES_BYTES
 
 cdef tuple TYPES = (<int>BFLOAT16, <int>FLOAT16)
 
@@ -32,6 +43,9 @@ cdef dict _gemm = {
     for x in TYPES
     for gather in (0, 1)
     for transpose_b in (0, 1)
+}
+cdef dict _gemm_in_turns = {
+    (x, transpose_b): (f"X_TYPE={x}", f"TRANSPOSE_B={transpose_b}") for x in TYPES for transpose_b in (0, 1)
 }
 cdef dict _wgrad = {
     (x, out, accumulate, share_a, gather): (
@@ -61,10 +75,11 @@ def variants():
     """Every (file, entry, defines) that this module can launch."""
     cdef dict table
     return [
-        (FILE, entry, defines)
-        for entry, table in (
-            ("grouped_gemm", _gemm), ("grouped_gemm_wgrad", _wgrad),
-            ("grouped_glu", _glu), ("grouped_glu_backward", _glu_backward),
+        (file, entry, defines)
+        for file, entry, table in (
+            (FILE, "grouped_gemm", _gemm), (TURNS_FILE, "grouped_gemm", _gemm_in_turns),
+            (FILE, "grouped_gemm_wgrad", _wgrad), (FILE, "grouped_glu", _glu),
+            (FILE, "grouped_glu_backward", _glu_backward),
         )
         for defines in table.values()
     ]
@@ -107,12 +122,15 @@ cdef Array counter_for_pace(Space space, bint paced):
     return space.empty((1,), INT32) if paced else None
 
 
-cdef int launch(Space space, str entry, tuple defines, void** params, uintptr_t counter) except -1:
+cdef int launch(
+    Space space, str entry, tuple defines, void** params, uintptr_t counter, str file=FILE,
+    unsigned int shared_bytes=SHARED_BYTES,
+) except -1:
     # A block stays until its tiles are done: one that finds no place at first would begin when the others end.
     cdef int free = max(multiprocessor_count(space.device_id) - space.spared, CLUSTER)
     cdef unsigned int blocks = free // CLUSTER * CLUSTER
-    return kernel(FILE, entry, defines, space.device_id, SHARED_BYTES).launch(
-        blocks, 1, 1, THREADS, SHARED_BYTES, space.stream, params, counter
+    return kernel(file, entry, defines, space.device_id, shared_bytes).launch(
+        blocks, 1, 1, THREADS, shared_bytes, space.stream, params, counter
     )
 
 
@@ -138,6 +156,27 @@ cdef int grouped_gemm(
         &num_groups, &num_rows, &chunks, &chunk, &depth, &columns, &column_tiles, &due,
     ]
     return launch(space, "grouped_gemm", _gemm[a.dtype, gather, transpose_b], params, due)
+
+
+cdef int grouped_gemm_in_turns(
+    Space space, Array a, Array b, Array expert_offsets, bint transpose_b, Array out, int chunks, int chunk
+) except -1:
+    cdef int num_groups = <int>b.dims[0], num_rows = <int>out.dims[0]
+    cdef int depth = <int>a.dims[1], columns = <int>out.dims[1]
+    cdef int column_tiles = divided_up(columns, TURNS_COLUMNS)
+    cdef TensorMap a_map, b_map, out_map
+    map_matrices(&a_map, a, 1, a.dims[0], depth, OWN)
+    map_matrices(&out_map, out, 1, num_rows, columns, STORED)
+    map_matrices(
+        &b_map, b, num_groups, b.dims[1], b.dims[2], (TURNS_COLUMNS if transpose_b else DEPTH) // CLUSTER
+    )
+    cdef Parameter[12] params = [
+        a_map.at, b_map.at, out_map.at, &expert_offsets.data, &out.data,
+        &num_groups, &num_rows, &chunks, &chunk, &depth, &columns, &column_tiles,
+    ]
+    return launch(
+        space, "grouped_gemm", _gemm_in_turns[a.dtype, transpose_b], params, 0, TURNS_FILE, TURNS_SHARED_BYTES
+    )
 
 
 cdef int grouped_gemm_wgrad(

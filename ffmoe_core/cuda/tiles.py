@@ -32,20 +32,23 @@ class Tiles(IntEnum):
     WIDE = 2  # mma.sync, 128x256
     CLUSTER = 3  # wgmma, 128x256, two blocks that share an operand
     PACED = 4  # the same, and all blocks begin their n-th tile together
+    TURNS = 5  # wgmma, 128x192, two blocks as above; a block's two warpgroups take turns with whole tiles
 
 
-HOPPER = frozenset({Tiles.CLUSTER, Tiles.PACED})
+HOPPER = frozenset({Tiles.CLUSTER, Tiles.PACED, Tiles.TURNS})
+_EVERYWHERE = frozenset(Tiles) - {Tiles.TURNS}  # for every product
 PRODUCTS = {
     "gemm_nk": frozenset(Tiles),  # weights as [N, K]
     "gemm_kn": frozenset(Tiles),  # and as [K, N]
-    "glu": frozenset(Tiles),
-    "glu_backward": frozenset(Tiles) - {Tiles.WIDE},  # two blocks hide each other's long epilogue
-    "wgrad": frozenset(Tiles) - {Tiles.PACED},  # its tiles are equally long anyway
+    "glu": _EVERYWHERE,
+    "glu_backward": _EVERYWHERE - {Tiles.WIDE},  # two blocks hide each other's long epilogue
+    "wgrad": _EVERYWHERE - {Tiles.PACED},  # its tiles are equally long anyway
 }
 # A shorter contraction does not hide the start and end of a wide tile.
 WIDE_DEPTH = 2048
 WIDE_WGRAD_DEPTH = 512
 TILE_ROWS = 128
+TURNS_DEPTH = 1024  # longer contractions gain more by wide tiles than by tile ends that cost nothing
 PACED_DEPTH = 1024  # the operands of a shorter one stay in the second-level cache without pace, too
 NEAR_OCTAVES = 4.0  # a factor of 2 in one size is an octave
 
@@ -77,10 +80,12 @@ class Measured(NamedTuple):
     points: Points
 
 
-def rule(product: str, size: Size, gpu: Gpu) -> Tiles:
+def rule(product: str, size: Size, gpu: Gpu, gathers: bool = False) -> Tiles:
     """The choice where nothing was measured."""
     rows, columns = size.rows, size.columns
     if gpu.hopper:
+        if size.width < TURNS_DEPTH and Tiles.TURNS in possible_tiles(product, gpu, gathers):
+            return Tiles.TURNS
         across = -(-columns // (128 if product == "glu" else 256))
         paced = size.width >= PACED_DEPTH and rows // 256 * across >= gpu.multiprocessors
         return Tiles.PACED if paced and product != "wgrad" else Tiles.CLUSTER
@@ -99,9 +104,15 @@ def octaves_apart(a: Size, b: Size) -> float:
     return sum(abs(math.log2(max(x, 1) / max(y, 1))) for x, y in zip(a, b, strict=True))
 
 
-def choose(product: str, size: Size, gpu: Gpu) -> Tiles:
-    """The same for the same arguments."""
-    possible = PRODUCTS[product] if gpu.hopper else PRODUCTS[product] - HOPPER
+def possible_tiles(product: str, gpu: Gpu, gathers: bool) -> frozenset[Tiles]:
+    if not gpu.hopper:
+        return PRODUCTS[product] - HOPPER
+    return PRODUCTS[product] - {Tiles.TURNS} if gathers else PRODUCTS[product]
+
+
+def choose(product: str, size: Size, gpu: Gpu, gathers: bool = False) -> Tiles:
+    """The same for the same arguments. gathers: an index names rows of an operand."""
+    possible = possible_tiles(product, gpu, gathers)
     if _only is not None and possible & _only:
         possible &= _only
     known = table().get(gpu.name)
@@ -109,7 +120,7 @@ def choose(product: str, size: Size, gpu: Gpu) -> Tiles:
     nearest = min(points, key=lambda point: octaves_apart(point[0], size), default=None)
     if nearest is not None and octaves_apart(nearest[0], size) <= NEAR_OCTAVES:
         return nearest[1]
-    by_rule = rule(product, size, gpu)
+    by_rule = rule(product, size, gpu, gathers)
     return by_rule if by_rule in possible else min(possible)
 
 

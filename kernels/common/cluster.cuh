@@ -3,6 +3,8 @@
 
 #include "types.cuh"
 
+constexpr int CLUSTER = 2;  // blocks, in the kernels that have clusters
+
 // This block's number in its cluster.
 __device__ __forceinline__ uint32 cluster_rank() {
     uint32 rank;

@@ -5,6 +5,10 @@
 
 constexpr uint32 ALL_LANES = 0xffffffffu;
 
+// This thread's, and its warp's in the block.
+__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+
 __device__ __forceinline__ uint32 lower_lanes() { return (1u << (threadIdx.x & 31)) - 1; }
 
 // The same bits in every lane: x + y and y + x are equal.

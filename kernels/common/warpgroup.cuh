@@ -15,3 +15,8 @@ template <int registers> __device__ __forceinline__ void take_registers() {
 __device__ __forceinline__ void meet_at(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+
+// Counts for those who meet there, and goes on.
+__device__ __forceinline__ void pass_by(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}

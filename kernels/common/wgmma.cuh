@@ -59,6 +59,17 @@ template <class X, bool TILE_MAJOR_A, bool TILE_MAJOR_B, int N> struct Multiply;
     "}"
 #define FFMOE_OPERANDS_128 "%64, %65, added, 1, 1, %67, %68;"
 #define FFMOE_ADD_128 "%66"
+#define FFMOE_REGISTERS_192 \
+    "{" \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+    "}"
+#define FFMOE_OPERANDS_192 "%96, %97, added, 1, 1, %99, %100;"
+#define FFMOE_ADD_192 "%98"
 #define FFMOE_REGISTERS_256 \
     "{" \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -73,6 +84,7 @@ template <class X, bool TILE_MAJOR_A, bool TILE_MAJOR_B, int N> struct Multiply;
 #define FFMOE_OPERANDS_256 "%128, %129, added, 1, 1, %131, %132;"
 #define FFMOE_ADD_256 "%130"
 #define FFMOE_OUTPUTS_128 FFMOE_SUMS64(0)
+#define FFMOE_OUTPUTS_192 FFMOE_SUMS64(0), FFMOE_SUMS16(16), FFMOE_SUMS16(20)
 #define FFMOE_OUTPUTS_256 FFMOE_SUMS64(0), FFMOE_SUMS64(16)
 
 #define FFMOE_MULTIPLY(X, NAME, N)                                                                         \
@@ -86,7 +98,9 @@ template <class X, bool TILE_MAJOR_A, bool TILE_MAJOR_B, int N> struct Multiply;
         }                                                                                                  \
     };
 FFMOE_MULTIPLY(bfloat16, "bf16", 128)
+FFMOE_MULTIPLY(bfloat16, "bf16", 192)
 FFMOE_MULTIPLY(bfloat16, "bf16", 256)
 FFMOE_MULTIPLY(float16, "f16", 128)
+FFMOE_MULTIPLY(float16, "f16", 192)
 FFMOE_MULTIPLY(float16, "f16", 256)
 #undef FFMOE_MULTIPLY

@@ -81,7 +81,10 @@ def test_choices_are_possible_ones(card, product):
 
 
 def test_the_rule():
-    """Many wide tiles, a contraction too short for them, too few of them or not full; pace for long contractions."""
+    """Many wide tiles, a contraction too short for them, too few of them or not full; pace for long contractions.
+
+    And turns for short ones.
+    """
     old = CARD._replace(hopper=False)
     for product in ("gemm_nk", "gemm_kn", "glu"):
         assert rule(product, Size(8, 32768, 2048, 4096), old) is Tiles.WIDE
@@ -94,6 +97,30 @@ def test_the_rule():
     assert rule("glu", Size(8, 32768, 1024, 4096), CARD) is Tiles.PACED
     assert rule("glu", Size(8, 32768, 768, 4096), CARD) is Tiles.CLUSTER
     assert rule("wgrad", Size(8, 32768, 4096, 4096), CARD) is Tiles.CLUSTER
+    for product in ("gemm_nk", "gemm_kn"):
+        assert rule(product, Size(8, 32768, 768, 4096), CARD) is Tiles.TURNS
+        assert rule(product, Size(8, 32768, 1024, 4096), CARD) is Tiles.PACED
+
+
+@pytest.mark.parametrize("product", ["gemm_nk", "gemm_kn"])
+def test_gathered_rows_get_no_turns(tmp_path, monkeypatch, product):
+    """Not by the rule, not by the table, and not where nothing else is wanted."""
+    size = POINT._replace(width=512)
+    assert choose(product, size, UNMEASURED, gathers=True) is Tiles.CLUSTER
+    with only({Tiles.TURNS}):
+        assert choose(product, size, UNMEASURED) is Tiles.TURNS
+        assert choose(product, size, UNMEASURED, gathers=True) is Tiles.CLUSTER
+    entry = {
+        "multiprocessors": 100,
+        "compute_capability": "9.0",
+        "points": {
+            product: [[*size, Tiles.TURNS.name], [*size._replace(rows=1), Tiles.WIDE.name]]
+            for product in PRODUCTS
+        },
+    }
+    use_table(tmp_path, monkeypatch, json.dumps({CARD.name: entry}))
+    assert choose(product, size, CARD) is Tiles.TURNS
+    assert choose(product, size, CARD, gathers=True) is Tiles.CLUSTER
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"Card": {}}', '{"Card": {"multiprocessors": 1}}'])

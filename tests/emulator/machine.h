@@ -87,15 +87,16 @@ struct Meeting {
     unsigned here = 0;
     unsigned long round = 0;
 
+    void arrive(unsigned threads) {
+        if (++here < threads) return;
+        here = 0;
+        ++round;
+        ++progress;
+    }
     template <class Wait> void join(unsigned threads, Wait wait) {
         const unsigned long mine = round;
-        if (++here == threads) {
-            here = 0;
-            ++round;
-            ++progress;
-        } else {
-            while (round == mine) wait();
-        }
+        arrive(threads);
+        while (round == mine) wait();
     }
 };
 

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 
+from ffmoe_core.cuda.tiles import HOPPER, Tiles, only
 from tests import reference
 from tests.core.checks import call_stage
 from tests.core.test_grouped_gemm import assert_rounded_once, whole_numbers
@@ -66,6 +67,19 @@ class Arrays:
 @case(gather=True, transpose_b=False)
 @case(gather=False, transpose_b=False)
 def grouped_gemm(inner, columns, gather, transpose_b):
+    with only(HOPPER - {Tiles.TURNS}):
+        return product(inner, columns, gather, transpose_b)
+
+
+# One step and many, fewer columns than a tile has, tiles that are full and that are not.
+@case([(40, 200), (136, 520), (392, 96), (1096, 192)], transpose_b=True)
+@case([(40, 200), (136, 520), (392, 96), (1096, 192)], transpose_b=False)
+def grouped_gemm_in_turns(inner, columns, transpose_b):
+    with only({Tiles.TURNS}):
+        return product(inner, columns, False, transpose_b)
+
+
+def product(inner, columns, gather, transpose_b):
     new = Arrays(gather)
     a, a_array = new.whole(*new.rows(inner, gather))
     b, b_array = new.whole(EXPERTS, *((columns, inner) if transpose_b else (inner, columns)))
@@ -128,15 +142,36 @@ def grouped_glu_backward(hidden, width, gather):
     return [dz, pa, dp]
 
 
-@case([(136, 264)])
-def in_chunks(inner, columns):
+@case([(40, 192)])
+def few_turns(inner, columns):
+    """A tile, three, or none: of two clusters one has fewer, or nothing to do but to clear rows."""
+    outputs = []
+    for sizes in ((0, 0), (0, 1), (1, 300)):
+        new, offsets = Arrays(gather=False), np.cumsum([0, *sizes])
+        rows = offsets[-1] + 3
+        a, a_array = new.whole(rows, inner)
+        b, b_array = new.whole(len(sizes), columns, inner)
+        outputs.append(new.out(rows, columns))
+        with only({Tiles.TURNS}):
+            call_stage(
+                KIND, "grouped_gemm", a_array, b_array, KIND.array(offsets, "int32"), None, True, outputs[-1]
+            )
+        want = rounded(reference.grouped_gemm(a, b, offsets, np.arange(rows), True), DTYPE)
+        assert numbers(KIND, outputs[-1]).tolist() == want.tolist()
+    return outputs
+
+
+@case([(136, 264)], gather=True)
+@case([(136, 264)], gather=False)
+def in_chunks(inner, columns, gather):
     """The groups as two chunks of half as many: each call does its own, and the rows behind the last stay."""
-    new = Arrays(gather=True)
-    a, a_array = new.whole(TOKENS, inner)
+    new = Arrays(gather)
+    a, a_array = new.whole(*new.rows(inner, gather))
     b, b_array = new.whole(EXPERTS // 2, columns, inner)
     out = new.out(ROWS, columns)
     for chunk in range(2):
-        call_stage(KIND, "grouped_gemm", a_array, b_array, new.offsets, new.picks, True, out, 2, chunk)
+        with only({Tiles.CLUSTER if gather else Tiles.TURNS}):
+            call_stage(KIND, "grouped_gemm", a_array, b_array, new.offsets, new.picks, True, out, 2, chunk)
     got, last = numbers(KIND, out), OFFSETS[-1]
     want = rounded(reference.grouped_gemm(a, b, OFFSETS[::2], new.index, True), DTYPE)
     assert got[:last].tolist() == want[:last].tolist()

@@ -3,7 +3,9 @@
 
 #include "types.cuh"
 
-inline uint32 cluster_rank() { return blockIdx.x % machine::CLUSTER; }
+constexpr int CLUSTER = machine::CLUSTER;
+
+inline uint32 cluster_rank() { return blockIdx.x % CLUSTER; }
 inline void sync_cluster() {
-    machine::clusters[blockIdx.x / machine::CLUSTER].join(machine::CLUSTER * blockDim.x, machine::yield);
+    machine::clusters[blockIdx.x / CLUSTER].join(CLUSTER * blockDim.x, machine::yield);
 }

@@ -3,6 +3,7 @@
 
 #include "tma.cuh"
 #include "types.cuh"
+#include "warpgroup.cuh"
 
 constexpr int SWIZZLE_BYTES = 128;
 constexpr int ATOM_BYTES = 8 * SWIZZLE_BYTES;
