@@ -1,7 +1,8 @@
 // The router: scores, the choice of experts, weights, and each block's counts and losses in one kernel; their
 // sums, and the plan, in another, or in the same where one block is enough. And its gradient.
 //
-// One warp takes a token; lane i holds the experts i, i + 32, i + 64, ...
+// One warp takes a token, and its lane i the experts i, i + 32, i + 64, ...; what concerns chosen experts alone, it
+// does for as many tokens at once as have room in its lanes.
 //
 // Compiled with -DW_TYPE= the router's type (float or double) and -DEXPERTS_PER_LANE= at least E / 32.
 #include "common/dynamic_shared.cuh"
@@ -53,9 +54,6 @@ __device__ __forceinline__ void load_logits(const W* logits, int num_experts, W 
     }
 }
 
-// The largest of the lanes' numbers: as keys, one instruction compares them all. NaN counts as the least.
-__device__ __forceinline__ W warp_largest(W x) { return number_of(warp_max(order_key(x))); }
-
 // What the exponentials of a softmax were relative to, and their sum.
 struct Normaliser {
     W top;
@@ -66,8 +64,8 @@ struct Normaliser {
 __device__ __forceinline__ Normaliser softmax(const W (&x)[N], W (&out)[N]) {
     W top = x[0];
 #pragma unroll
-    for (int i = 1; i < N; i++) top = x[i] > top ? x[i] : top;
-    top = warp_largest(top);
+    for (int i = 1; i < N; i++) top = fmax(top, x[i]);
+    top = number_of(warp_max(order_key(top)));  // as keys, one instruction compares all lanes'
     W sum = 0;
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -108,6 +106,49 @@ __device__ __forceinline__ int take_best(Key (&keys)[N]) {
     }
     return index;
 }
+
+// Keys that tell their index in the bits that it takes, the lower one being greater: no two of a warp are equal. They
+// rank as the whole keys do, unless two of those differ in no other bits.
+constexpr Key INDEX_BITS = 32 * N - 1;
+
+__device__ __forceinline__ int index_of(Key key) { return int(~key & INDEX_BITS); }
+
+// Such keys, the lane's in runs of RUN that are sorted: the largest is at the head of one, and taking it out moves
+// no other.
+struct Runs {
+    static constexpr int RUN = N < 4 ? N : 4;
+    Key keys[N];
+
+    __device__ __forceinline__ explicit Runs(const Key (&whole)[N]) {
+        const int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            keys[i] = (whole[i] & ~INDEX_BITS) | (INDEX_BITS - (lane + 32 * i));
+#pragma unroll
+            for (int j = i; j % RUN > 0; j--) {
+                const Key a = keys[j - 1], b = keys[j];
+                keys[j - 1] = a > b ? a : b;
+                keys[j] = a > b ? b : a;
+            }
+        }
+    }
+
+    // The warp's largest. Takes it out.
+    __device__ __forceinline__ Key take() {
+        Key best = keys[0];
+#pragma unroll
+        for (int head = RUN; head < N; head += RUN) best = keys[head] > best ? keys[head] : best;
+        best = warp_max(best);
+#pragma unroll
+        for (int head = 0; head < N; head += RUN) {
+            if (keys[head] != best) continue;
+#pragma unroll
+            for (int i = head; i < head + RUN - 1; i++) keys[i] = keys[i + 1];
+            keys[head + RUN - 1] = 0;
+        }
+        return best;
+    }
+};
 
 // The key of the sum of a group's two largest choices.
 __device__ __forceinline__ Key group_key(const Key (&keys)[N], int first_expert, int size) {
@@ -243,119 +284,162 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     const Router router, const Slots slots, const W* logits, const float* expert_bias,
     const unsigned char* valid_mask, int* topk_idx, W* topk_weights, const Sums sums, const Plan<W> plan
 ) {
-    uint16* next = reinterpret_cast<uint16*>(dynamic_shared<2>());
-    __shared__ W block_scores[32 * N];
+    unsigned char* memory = dynamic_shared<8>();
+    W* warp_scores = reinterpret_cast<W*>(memory);  // [WARPS, E]
     __shared__ int block_counts[32 * N];
     __shared__ W warp_losses[WARPS][2];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int num_experts = router.num_experts, top_k = router.top_k;
     const W scale = W(router.scale);
+    const bool by_logit = expert_bias == nullptr && router.num_groups == 0;
     for (int e = threadIdx.x; e < num_experts; e += 32 * WARPS) block_counts[e] = 0;
     __syncthreads();
 
+    const int64 block_tokens = slots.chunk / top_k, begin = blockIdx.x * block_tokens;
+    const int tokens = int(min(block_tokens, router.num_tokens - begin));
+    // Each token of a batch has a span of the lanes: one for each of its choices, of the first 32.
+    int span = 1;
+    while (span < min(top_k, 32)) span *= 2;
+    const int owner = lane / span, place = lane % span;
+    const int share = (int(block_tokens) + WARPS - 1) / WARPS, batches = (share * span + 31) / 32;
+    const int batch = (share + batches - 1) / batches;
+
     W q_sums[N] = {};
-    W z_sum = 0, entropy_sum = 0;  // the latter of this lane's experts
-    const int64 tokens = slots.chunk / top_k, begin = blockIdx.x * tokens;
-    const int64 end = min(begin + tokens, router.num_tokens);
-    for (int64 t = begin + warp; t < end; t += WARPS) {
+    W z_sum = 0, entropy_sum = 0;  // of this lane's tokens, or experts
+    for (int first = warp * batch; first < tokens; first += WARPS * batch) {
+        const int size = min(batch, tokens - first);
+        // of the lane's token
+        Normaliser full = {};
+        W score_sum = 0;
+        int chosen = 0, places = 0;
+        const W* token_logits = logits + (begin + first) * num_experts;
+        for (int i = 0; i < size; i++, token_logits += num_experts) {
+            const int64 t = begin + first + i;
+            if (valid_mask != nullptr && !valid_mask[t]) {
+#pragma unroll 1
+                for (int k = lane; k < top_k; k += 32) {
+                    topk_idx[t * top_k + k] = -1;
+                    topk_weights[t * top_k + k] = 0;
+                }
+                continue;
+            }
+            W l[N], q[N];
+            load_logits(token_logits, num_experts, l);
+            const Normaliser by_logits = softmax(l, q);
+
+            Key keys[N];
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                const int e = lane + 32 * i;
+                if (e >= num_experts) {
+                    keys[i] = 0;
+                } else if (by_logit) {
+                    keys[i] = order_key(l[i]);
+                } else {
+                    const W score = router.sigmoid ? sigmoid(l[i]) : q[i];
+                    keys[i] = order_key(score + (expert_bias != nullptr ? W(expert_bias[e]) : W(0)));
+                }
+            }
+            if (router.num_groups > 0) keep_best_groups(router, keys);
+
+            const int slot = owner == i ? place : -1;
+            bool exact = top_k > 32;
+            if (!exact) {
+                Runs runs(keys);
+                Key found = 0;
+                for (int k = 0; k < top_k; k++) {
+                    const Key best = runs.take();
+                    if (k == slot) found = best;
+                }
+                if (slot >= 0) chosen = index_of(found);
+                const Key below = __shfl_down_sync(ALL_LANES, found, 1), last = runs.take();
+                const Key differ = found ^ (slot < top_k - 1 ? below : last);
+                exact = __any_sync(ALL_LANES, slot >= 0 && slot < top_k && differ <= INDEX_BITS);
+            }
+            if (exact) {
+#pragma unroll 1
+                for (int k = 0; k < top_k; k++) {
+                    const int e = take_best(keys);
+                    if (k == slot) chosen = e;
+                    if (k >= 32 && k % 32 == lane) topk_idx[t * top_k + k] = e;
+                }
+            }
+
+            Normaliser by_scores = by_logits;
+            if (router.sigmoid) {
+                log_sigmoids(l, l);
+                by_scores = softmax(l, q);
+            }
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                q_sums[i] += q[i];
+                // -q log q, but for log(sum); a score of 0 adds nothing, NaN does
+                if (q[i] != 0) entropy_sum += q[i] * (by_scores.top - l[i]);
+            }
+            if (slot >= 0) {
+                full = by_logits;
+                score_sum = by_scores.sum;
+                places = top_k;
+            }
+        }
+
+        const int64 t = begin + first + owner;
+        token_logits = logits + t * num_experts;
         int* experts = topk_idx + t * top_k;
         W* weights = topk_weights + t * top_k;
-        if (valid_mask != nullptr && !valid_mask[t]) {
-            for (int k = lane; k < top_k; k += 32) {
-                experts[k] = -1;
-                weights[k] = 0;
+        const W chosen_logit = place < places ? token_logits[chosen] : W(0);
+        const auto for_each = [&](const auto& body) {
+#pragma unroll 1
+            for (int k = place; k < places; k += 32) {
+                const int e = k < 32 ? chosen : experts[k];
+                body(k, e, k < 32 ? chosen_logit : token_logits[e]);
             }
-            continue;
-        }
-        const W* token_logits = logits + t * num_experts;
-        W l[N], q[N];
-        load_logits(token_logits, num_experts, l);
-        const Normaliser full = softmax(l, q);
-
-        Key keys[N];
-        const bool by_logit = expert_bias == nullptr && router.num_groups == 0;
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const int e = lane + 32 * i;
-            if (e >= num_experts) {
-                keys[i] = 0;
-            } else if (by_logit) {
-                keys[i] = order_key(l[i]);
-            } else {
-                const W score = router.sigmoid ? sigmoid(l[i]) : q[i];
-                keys[i] = order_key(score + (expert_bias != nullptr ? W(expert_bias[e]) : W(0)));
-            }
-        }
-        if (router.num_groups > 0) keep_best_groups(router, keys);
-        int chosen = 0;  // lane k knows the k-th without reading it back
-        for (int k = 0; k < top_k; k++) {
-            const int e = take_best(keys);
-            if (lane == (k & 31)) {
-                experts[k] = e;
-                if (k < 32) chosen = e;
-            }
-        }
-
-        const auto chosen_logit = [&](int k) { return token_logits[k < 32 ? chosen : experts[k]]; };
+        };
+        const auto score = [&](W logit) { return router.sigmoid ? log_sigmoid(logit) : logit; };
+        W top = minus_infinity(), sum = 0;
         if (router.normalise) {
-            const auto score = [&](int k) {
-                const W logit = chosen_logit(k);
-                return router.sigmoid ? log_sigmoid(logit) : logit;
-            };
-            W top = minus_infinity();
-            for (int k = lane; k < top_k; k += 32) {
-                const W x = score(k);
-                top = x > top ? x : top;
+            for_each([&](int, int, W logit) { top = fmax(top, score(logit)); });
+#pragma unroll 1
+            for (int distance = span / 2; distance > 0; distance /= 2) {
+                top = fmax(top, __shfl_xor_sync(ALL_LANES, top, distance));
             }
-            top = warp_largest(top);
-            W sum = 0;
-            for (int k = lane; k < top_k; k += 32) sum += exp(score(k) - top);
-            sum = warp_sum(sum);
-            for (int k = lane; k < top_k; k += 32) weights[k] = exp(score(k) - top) / sum * scale;
-        } else {
-            for (int k = lane; k < top_k; k += 32) {
-                const W logit = chosen_logit(k);
-                weights[k] = (router.sigmoid ? sigmoid(logit) : exp(logit - full.top) / full.sum) * scale;
-            }
+            for_each([&](int, int, W logit) { sum += exp(score(logit) - top); });
+            sum = warp_sum(sum, span);
         }
-
-        for (int k = lane; k < top_k; k += 32) atomicAdd(&block_counts[k < 32 ? chosen : experts[k]], 1);
-
-        const W lse = full.top + log(full.sum);
-        z_sum += lse * lse;
-        Normaliser scores = full;
-        if (router.sigmoid) {
-            log_sigmoids(l, l);
-            scores = softmax(l, q);
-        }
-        const W log_sum = log(scores.sum);
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            q_sums[i] += q[i];
-            // -q log q; a score of 0 adds nothing, NaN does
-            if (q[i] != 0) entropy_sum += q[i] * (log_sum - (l[i] - scores.top));
+        for_each([&](int k, int e, W logit) {
+            const W weight = router.normalise ? exp(score(logit) - top) / sum
+                : router.sigmoid              ? sigmoid(logit)
+                                              : exp(logit - full.top) / full.sum;
+            experts[k] = e;
+            weights[k] = weight * scale;
+            atomicAdd(&block_counts[e], 1);
+        });
+        if (place == 0 && places > 0) {
+            const W log_sum = log(full.sum), lse = full.top + log_sum;
+            z_sum += lse * lse;
+            entropy_sum += router.sigmoid ? log(score_sum) : log_sum;
         }
     }
 
+    z_sum = warp_sum(z_sum);
     entropy_sum = warp_sum(entropy_sum);
     if (lane == 0) {
         warp_losses[warp][0] = z_sum;
         warp_losses[warp][1] = entropy_sum;
     }
-    for (int w = 0; w < WARPS; w++) {
-        if (warp == w) {
 #pragma unroll
-            for (int i = 0; i < N; i++) {
-                const int e = lane + 32 * i;
-                block_scores[e] = w == 0 ? q_sums[i] : block_scores[e] + q_sums[i];
-            }
-        }
-        __syncthreads();
+    for (int i = 0; i < N; i++) {
+        const int e = lane + 32 * i;
+        if (e < num_experts) warp_scores[warp * num_experts + e] = q_sums[i];
     }
-    const int64 first = int64(blockIdx.x) * num_experts;
+    __syncthreads();
+    const int64 row = int64(blockIdx.x) * num_experts;
     for (int e = threadIdx.x; e < num_experts; e += 32 * WARPS) {
-        sums.scores[first + e] = block_scores[e];
-        sums.counts[first + e] = block_counts[e];
+        W score = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) score += warp_scores[w * num_experts + e];
+        sums.scores[row + e] = score;
+        sums.counts[row + e] = block_counts[e];
     }
     if (threadIdx.x < 2) {
         W sum = 0;
@@ -366,6 +450,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     __syncthreads();
     add_up<32 * WARPS>(router, sums, 1);
     if (plan.expert_offsets == nullptr) return;
+    uint16* next = reinterpret_cast<uint16*>(memory);
     place_chunk<32 * WARPS>(slots, 0, topk_idx, topk_weights, sums.counts, plan, next);
 }
 
@@ -375,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1) route_plan(
     const Router router, const Slots slots, const int* topk_idx, const W* topk_weights, const Sums sums,
     const Plan<W> plan
 ) {
-    uint16* next = reinterpret_cast<uint16*>(dynamic_shared<2>());
+    uint16* next = reinterpret_cast<uint16*>(dynamic_shared<8>());
     if (blockIdx.x == gridDim.x - 1) return add_up<PLAN_THREADS>(router, sums, slots.chunks);
     place_chunk<PLAN_THREADS>(slots, blockIdx.x, topk_idx, topk_weights, sums.counts, plan, next);
 }

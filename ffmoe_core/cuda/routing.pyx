@@ -167,9 +167,10 @@ cdef int _route(
     cdef Parameter[9] params = [
         &router, &slots, &logits.data, &bias, &mask, &topk_idx.data, &topk_weights.data, &sums, &plan
     ]
-    kernel("routing.cu", "route", defines, space.device_id, rank_bytes(warps, 32 * per_lane)).launch(
-        slots.chunks, 1, 1, 32 * warps, rank_bytes(warps, router.num_experts) if alone else 0,
-        space.stream, params,
+    # of every warp's scores, and then for the plan, which takes less
+    cdef unsigned int smem = warps * router.num_experts * itemsize(logits.dtype)
+    kernel("routing.cu", "route", defines, space.device_id, 32 * warps * lane_bytes).launch(
+        slots.chunks, 1, 1, 32 * warps, smem, space.stream, params
     )
     if alone:
         return 0

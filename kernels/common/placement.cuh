@@ -139,10 +139,15 @@ __device__ void place_chunk(
         for (int e = threadIdx.x; e < num_experts; e += THREADS) {
             int rank = 0;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                const int size = next[w * num_experts + e];
-                next[w * num_experts + e] = uint16(rank);
-                rank += size;
+            for (int first_warp = 0; first_warp < WARPS; first_warp += 8) {
+                int found[8];  // read before anything is written, or each would wait for the one before
+#pragma unroll
+                for (int w = 0; w < 8; w++) found[w] = next[(first_warp + w) * num_experts + e];
+#pragma unroll
+                for (int w = 0; w < 8; w++) {
+                    next[(first_warp + w) * num_experts + e] = uint16(rank);
+                    rank += found[w];
+                }
             }
         }
         __syncthreads();

@@ -7,10 +7,10 @@ constexpr uint32 ALL_LANES = 0xffffffffu;
 
 __device__ __forceinline__ uint32 lower_lanes() { return (1u << (threadIdx.x & 31)) - 1; }
 
-// The same bits in every lane: x + y and y + x are equal.
-template <class A> __device__ __forceinline__ A warp_sum(A x) {
+// Over each `lanes` lanes, a power of two. The same bits in all of them: x + y and y + x are equal.
+template <class A> __device__ __forceinline__ A warp_sum(A x, int lanes = 32) {
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
     return x;
 }
 
