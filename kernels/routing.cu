@@ -450,8 +450,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     __syncthreads();
     add_up<32 * WARPS>(router, sums, 1);
     if (plan.expert_offsets == nullptr) return;
-    uint16* next = reinterpret_cast<uint16*>(memory);
-    place_chunk<32 * WARPS>(slots, 0, topk_idx, topk_weights, sums.counts, plan, next);
+    place_chunk<32 * WARPS>(slots, 0, topk_idx, topk_weights, sums.counts, plan, memory);
 }
 
 // Block c makes the plan of chunk c; the last block adds up the sums, and is the only one where no plan is
@@ -460,9 +459,8 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1) route_plan(
     const Router router, const Slots slots, const int* topk_idx, const W* topk_weights, const Sums sums,
     const Plan<W> plan
 ) {
-    uint16* next = reinterpret_cast<uint16*>(dynamic_shared<8>());
     if (blockIdx.x == gridDim.x - 1) return add_up<PLAN_THREADS>(router, sums, slots.chunks);
-    place_chunk<PLAN_THREADS>(slots, blockIdx.x, topk_idx, topk_weights, sums.counts, plan, next);
+    place_chunk<PLAN_THREADS>(slots, blockIdx.x, topk_idx, topk_weights, sums.counts, plan, dynamic_shared<8>());
 }
 
 // The losses of sums [E + 2] and rows that were added up over ranks. One warp.
