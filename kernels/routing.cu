@@ -107,14 +107,12 @@ __device__ __forceinline__ int take_best(Key (&keys)[N]) {
     return index;
 }
 
-// Keys that tell their index in the bits that it takes, the lower one being greater: no two of a warp are equal. They
-// rank as the whole keys do, unless two of those differ in no other bits.
+// In place of a key's last bits, its index, the lower one greater: the largest of such keys says whose it is, and
+// no two are equal. They rank as the keys do where those differ in other bits.
 constexpr Key INDEX_BITS = 32 * N - 1;
 
-__device__ __forceinline__ int index_of(Key key) { return int(~key & INDEX_BITS); }
-
-// Such keys, the lane's in runs of RUN that are sorted: the largest is at the head of one, and taking it out moves
-// no other.
+// A lane's keys of that kind, in runs of RUN that are sorted: the largest is at the head of one, and to take it out
+// moves no other.
 struct Runs {
     static constexpr int RUN = N < 4 ? N : 4;
     Key keys[N];
@@ -149,6 +147,33 @@ struct Runs {
         return best;
     }
 };
+
+// Takes out the `top_k` largest keys. The lane whose `place` is k gets the index of the k-th; those after the first
+// 32 go to `indices`.
+__device__ __forceinline__ int choose(Key (&keys)[N], int top_k, int place, int* indices) {
+    const int lane = threadIdx.x & 31;
+    const bool waits = place >= 0 && place < top_k;
+    if (top_k <= 32) {
+        Runs runs(keys);
+        Key mine = 0;
+        for (int k = 0; k < top_k; k++) {
+            const Key best = runs.take();
+            if (k == place) mine = best;
+        }
+        // is each of them larger than the next, by more than its index?
+        const Key next = runs.take(), below = __shfl_down_sync(ALL_LANES, mine, 1);
+        const Key differing = mine ^ (place < top_k - 1 ? below : next);
+        if (!__any_sync(ALL_LANES, waits && differing <= INDEX_BITS)) return int(~mine & INDEX_BITS);
+    }
+    int mine = 0;
+#pragma unroll 1
+    for (int k = 0; k < top_k; k++) {
+        const int index = take_best(keys);
+        if (k == place) mine = index;
+        if (k >= 32 && k % 32 == lane) indices[k] = index;
+    }
+    return mine;
+}
 
 // The key of the sum of a group's two largest choices.
 __device__ __forceinline__ Key group_key(const Key (&keys)[N], int first_expert, int size) {
@@ -290,30 +315,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     __shared__ W warp_losses[WARPS][2];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int num_experts = router.num_experts, top_k = router.top_k;
-    const W scale = W(router.scale);
     const bool by_logit = expert_bias == nullptr && router.num_groups == 0;
     for (int e = threadIdx.x; e < num_experts; e += 32 * WARPS) block_counts[e] = 0;
     __syncthreads();
 
-    const int64 block_tokens = slots.chunk / top_k, begin = blockIdx.x * block_tokens;
-    const int tokens = int(min(block_tokens, router.num_tokens - begin));
-    // Each token of a batch has a span of the lanes: one for each of its choices, of the first 32.
+    const int block_tokens = int(slots.chunk / top_k);
+    const int64 begin = int64(blockIdx.x) * block_tokens;
+    const int tokens = int(min(int64(block_tokens), router.num_tokens - begin));
+    // A warp takes its tokens in batches. Each of a batch has a span of the lanes: one for each of its choices, of
+    // the first 32.
     int span = 1;
     while (span < min(top_k, 32)) span *= 2;
-    const int owner = lane / span, place = lane % span;
-    const int share = (int(block_tokens) + WARPS - 1) / WARPS, batches = (share * span + 31) / 32;
+    const int owner = lane / span, place = lane & (span - 1);
+    const int share = (block_tokens + WARPS - 1) / WARPS, batches = (share * span + 31) / 32;
     const int batch = (share + batches - 1) / batches;
 
     W q_sums[N] = {};
     W z_sum = 0, entropy_sum = 0;  // of this lane's tokens, or experts
     for (int first = warp * batch; first < tokens; first += WARPS * batch) {
-        const int size = min(batch, tokens - first);
-        // of the lane's token
+        // of the lane's token, with the expert at the lane's place, or -1 where the token is left out
         Normaliser full = {};
-        W score_sum = 0;
-        int chosen = 0, places = 0;
-        const W* token_logits = logits + (begin + first) * num_experts;
-        for (int i = 0; i < size; i++, token_logits += num_experts) {
+        int chosen = -1;
+        for (int i = 0; i < min(batch, tokens - first); i++) {
             const int64 t = begin + first + i;
             if (valid_mask != nullptr && !valid_mask[t]) {
 #pragma unroll 1
@@ -324,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
                 continue;
             }
             W l[N], q[N];
-            load_logits(token_logits, num_experts, l);
+            load_logits(logits + t * num_experts, num_experts, l);
             const Normaliser by_logits = softmax(l, q);
 
             Key keys[N];
@@ -342,51 +365,33 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
             }
             if (router.num_groups > 0) keep_best_groups(router, keys);
 
-            const int slot = owner == i ? place : -1;
-            bool exact = top_k > 32;
-            if (!exact) {
-                Runs runs(keys);
-                Key found = 0;
-                for (int k = 0; k < top_k; k++) {
-                    const Key best = runs.take();
-                    if (k == slot) found = best;
-                }
-                if (slot >= 0) chosen = index_of(found);
-                const Key below = __shfl_down_sync(ALL_LANES, found, 1), last = runs.take();
-                const Key differ = found ^ (slot < top_k - 1 ? below : last);
-                exact = __any_sync(ALL_LANES, slot >= 0 && slot < top_k && differ <= INDEX_BITS);
-            }
-            if (exact) {
-#pragma unroll 1
-                for (int k = 0; k < top_k; k++) {
-                    const int e = take_best(keys);
-                    if (k == slot) chosen = e;
-                    if (k >= 32 && k % 32 == lane) topk_idx[t * top_k + k] = e;
-                }
+            const int expert = choose(keys, top_k, owner == i ? place : -1, topk_idx + t * top_k);
+            if (owner == i) {
+                chosen = expert;
+                full = by_logits;
             }
 
-            Normaliser by_scores = by_logits;
+            W score_top = by_logits.top;
             if (router.sigmoid) {
                 log_sigmoids(l, l);
-                by_scores = softmax(l, q);
+                const Normaliser by_scores = softmax(l, q);
+                score_top = by_scores.top;
+                if (lane == 0) entropy_sum += log(by_scores.sum);
             }
 #pragma unroll
             for (int i = 0; i < N; i++) {
                 q_sums[i] += q[i];
-                // -q log q, but for log(sum); a score of 0 adds nothing, NaN does
-                if (q[i] != 0) entropy_sum += q[i] * (by_scores.top - l[i]);
-            }
-            if (slot >= 0) {
-                full = by_logits;
-                score_sum = by_scores.sum;
-                places = top_k;
+                // -q log q, but for the sum's logarithm; a score of 0 adds nothing, NaN does
+                if (q[i] != 0) entropy_sum += q[i] * (score_top - l[i]);
             }
         }
 
+        // Weights, and what else is the same for every expert of a token, for the whole batch.
         const int64 t = begin + first + owner;
-        token_logits = logits + t * num_experts;
+        const W* token_logits = logits + t * num_experts;
         int* experts = topk_idx + t * top_k;
         W* weights = topk_weights + t * top_k;
+        const int places = chosen >= 0 ? top_k : 0;
         const W chosen_logit = place < places ? token_logits[chosen] : W(0);
         const auto for_each = [&](const auto& body) {
 #pragma unroll 1
@@ -399,10 +404,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
         W top = minus_infinity(), sum = 0;
         if (router.normalise) {
             for_each([&](int, int, W logit) { top = fmax(top, score(logit)); });
-#pragma unroll 1
-            for (int distance = span / 2; distance > 0; distance /= 2) {
-                top = fmax(top, __shfl_xor_sync(ALL_LANES, top, distance));
-            }
+            top = warp_max(top, span);
             for_each([&](int, int, W logit) { sum += exp(score(logit) - top); });
             sum = warp_sum(sum, span);
         }
@@ -411,13 +413,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
                 : router.sigmoid              ? sigmoid(logit)
                                               : exp(logit - full.top) / full.sum;
             experts[k] = e;
-            weights[k] = weight * scale;
+            weights[k] = weight * W(router.scale);
             atomicAdd(&block_counts[e], 1);
         });
         if (place == 0 && places > 0) {
             const W log_sum = log(full.sum), lse = full.top + log_sum;
             z_sum += lse * lse;
-            entropy_sum += router.sigmoid ? log(score_sum) : log_sum;
+            if (!router.sigmoid) entropy_sum += log_sum;
         }
     }
 
