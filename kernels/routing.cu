@@ -1,7 +1,8 @@
 // The router: scores, the choice of experts, weights, and each block's counts and losses in one kernel; their
 // sums, and the plan, in another, or in the same where one block is enough. And its gradient.
 //
-// One warp takes a token; lane i holds the experts i, i + 32, i + 64, ...
+// One warp takes a token, and its lane i the experts i, i + 32, i + 64, ...; what concerns chosen experts alone, it
+// does for as many tokens at once as have room in its lanes.
 //
 // Compiled with -DW_TYPE= the router's type (float or double) and -DEXPERTS_PER_LANE= at least E / 32.
 #include "common/dynamic_shared.cuh"
@@ -53,9 +54,6 @@ __device__ __forceinline__ void load_logits(const W* logits, int num_experts, W 
     }
 }
 
-// The largest of the lanes' numbers: as keys, one instruction compares them all. NaN counts as the least.
-__device__ __forceinline__ W warp_largest(W x) { return number_of(warp_max(order_key(x))); }
-
 // What the exponentials of a softmax were relative to, and their sum.
 struct Normaliser {
     W top;
@@ -66,8 +64,8 @@ struct Normaliser {
 __device__ __forceinline__ Normaliser softmax(const W (&x)[N], W (&out)[N]) {
     W top = x[0];
 #pragma unroll
-    for (int i = 1; i < N; i++) top = x[i] > top ? x[i] : top;
-    top = warp_largest(top);
+    for (int i = 1; i < N; i++) top = fmax(top, x[i]);
+    top = number_of(warp_max(order_key(top)));  // as keys, one instruction compares all lanes'
     W sum = 0;
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -107,6 +105,74 @@ __device__ __forceinline__ int take_best(Key (&keys)[N]) {
         if (index == lane + 32 * i) keys[i] = 0;
     }
     return index;
+}
+
+// In place of a key's last bits, its index, the lower one greater: the largest of such keys says whose it is, and
+// no two are equal. They rank as the keys do where those differ in other bits.
+constexpr Key INDEX_BITS = 32 * N - 1;
+
+// A lane's keys of that kind, in runs of RUN that are sorted: the largest is at the head of one, and to take it out
+// moves no other.
+struct Runs {
+    static constexpr int RUN = N < 4 ? N : 4;
+    Key keys[N];
+
+    __device__ __forceinline__ explicit Runs(const Key (&whole)[N]) {
+        const int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            keys[i] = (whole[i] & ~INDEX_BITS) | (INDEX_BITS - (lane + 32 * i));
+#pragma unroll
+            for (int j = i; j % RUN > 0; j--) {
+                const Key a = keys[j - 1], b = keys[j];
+                keys[j - 1] = a > b ? a : b;
+                keys[j] = a > b ? b : a;
+            }
+        }
+    }
+
+    // The warp's largest. Takes it out.
+    __device__ __forceinline__ Key take() {
+        Key best = keys[0];
+#pragma unroll
+        for (int head = RUN; head < N; head += RUN) best = keys[head] > best ? keys[head] : best;
+        best = warp_max(best);
+#pragma unroll
+        for (int head = 0; head < N; head += RUN) {
+            if (keys[head] != best) continue;
+#pragma unroll
+            for (int i = head; i < head + RUN - 1; i++) keys[i] = keys[i + 1];
+            keys[head + RUN - 1] = 0;
+        }
+        return best;
+    }
+};
+
+// Takes out the `top_k` largest keys. The lane whose `place` is k gets the index of the k-th; those after the first
+// 32 go to `indices`.
+__device__ __forceinline__ int choose(Key (&keys)[N], int top_k, int place, int* indices) {
+    const int lane = threadIdx.x & 31;
+    const bool waits = place >= 0 && place < top_k;
+    if (top_k <= 32) {
+        Runs runs(keys);
+        Key mine = 0;
+        for (int k = 0; k < top_k; k++) {
+            const Key best = runs.take();
+            if (k == place) mine = best;
+        }
+        // is each of them larger than the next, by more than its index?
+        const Key next = runs.take(), below = __shfl_down_sync(ALL_LANES, mine, 1);
+        const Key differing = mine ^ (place < top_k - 1 ? below : next);
+        if (!__any_sync(ALL_LANES, waits && differing <= INDEX_BITS)) return int(~mine & INDEX_BITS);
+    }
+    int mine = 0;
+#pragma unroll 1
+    for (int k = 0; k < top_k; k++) {
+        const int index = take_best(keys);
+        if (k == place) mine = index;
+        if (k >= 32 && k % 32 == lane) indices[k] = index;
+    }
+    return mine;
 }
 
 // The key of the sum of a group's two largest choices.
@@ -243,119 +309,139 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     const Router router, const Slots slots, const W* logits, const float* expert_bias,
     const unsigned char* valid_mask, int* topk_idx, W* topk_weights, const Sums sums, const Plan<W> plan
 ) {
-    uint16* next = reinterpret_cast<uint16*>(dynamic_shared<2>());
-    __shared__ W block_scores[32 * N];
+    unsigned char* memory = dynamic_shared<8>();
+    W* warp_scores = reinterpret_cast<W*>(memory);  // [WARPS, E]
     __shared__ int block_counts[32 * N];
     __shared__ W warp_losses[WARPS][2];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int num_experts = router.num_experts, top_k = router.top_k;
-    const W scale = W(router.scale);
+    const bool by_logit = expert_bias == nullptr && router.num_groups == 0;
     for (int e = threadIdx.x; e < num_experts; e += 32 * WARPS) block_counts[e] = 0;
     __syncthreads();
 
+    const int block_tokens = int(slots.chunk / top_k);
+    const int64 begin = int64(blockIdx.x) * block_tokens;
+    const int tokens = int(min(int64(block_tokens), router.num_tokens - begin));
+    // A warp takes its tokens in batches. Each of a batch has a span of the lanes: one for each of its choices, of
+    // the first 32.
+    int span = 1;
+    while (span < min(top_k, 32)) span *= 2;
+    const int owner = lane / span, place = lane & (span - 1);
+    const int share = (block_tokens + WARPS - 1) / WARPS, batches = (share * span + 31) / 32;
+    const int batch = (share + batches - 1) / batches;
+
     W q_sums[N] = {};
-    W z_sum = 0, entropy_sum = 0;  // the latter of this lane's experts
-    const int64 tokens = slots.chunk / top_k, begin = blockIdx.x * tokens;
-    const int64 end = min(begin + tokens, router.num_tokens);
-    for (int64 t = begin + warp; t < end; t += WARPS) {
+    W z_sum = 0, entropy_sum = 0;  // of this lane's tokens, or experts
+    for (int first = warp * batch; first < tokens; first += WARPS * batch) {
+        // of the lane's token, with the expert at the lane's place, or -1 where the token is left out
+        Normaliser full = {};
+        int chosen = -1;
+        for (int i = 0; i < min(batch, tokens - first); i++) {
+            const int64 t = begin + first + i;
+            if (valid_mask != nullptr && !valid_mask[t]) {
+#pragma unroll 1
+                for (int k = lane; k < top_k; k += 32) {
+                    topk_idx[t * top_k + k] = -1;
+                    topk_weights[t * top_k + k] = 0;
+                }
+                continue;
+            }
+            W l[N], q[N];
+            load_logits(logits + t * num_experts, num_experts, l);
+            const Normaliser by_logits = softmax(l, q);
+
+            Key keys[N];
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                const int e = lane + 32 * i;
+                if (e >= num_experts) {
+                    keys[i] = 0;
+                } else if (by_logit) {
+                    keys[i] = order_key(l[i]);
+                } else {
+                    const W score = router.sigmoid ? sigmoid(l[i]) : q[i];
+                    keys[i] = order_key(score + (expert_bias != nullptr ? W(expert_bias[e]) : W(0)));
+                }
+            }
+            if (router.num_groups > 0) keep_best_groups(router, keys);
+
+            const int expert = choose(keys, top_k, owner == i ? place : -1, topk_idx + t * top_k);
+            if (owner == i) {
+                chosen = expert;
+                full = by_logits;
+            }
+
+            W score_top = by_logits.top;
+            if (router.sigmoid) {
+                log_sigmoids(l, l);
+                const Normaliser by_scores = softmax(l, q);
+                score_top = by_scores.top;
+                if (lane == 0) entropy_sum += log(by_scores.sum);
+            }
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                q_sums[i] += q[i];
+                // -q log q, but for the sum's logarithm; a score of 0 adds nothing, NaN does
+                if (q[i] != 0) entropy_sum += q[i] * (score_top - l[i]);
+            }
+        }
+
+        // Weights, and what else is the same for every expert of a token, for the whole batch.
+        const int64 t = begin + first + owner;
+        const W* token_logits = logits + t * num_experts;
         int* experts = topk_idx + t * top_k;
         W* weights = topk_weights + t * top_k;
-        if (valid_mask != nullptr && !valid_mask[t]) {
-            for (int k = lane; k < top_k; k += 32) {
-                experts[k] = -1;
-                weights[k] = 0;
+        const int places = chosen >= 0 ? top_k : 0;
+        const W chosen_logit = place < places ? token_logits[chosen] : W(0);
+        const auto for_each = [&](const auto& body) {
+#pragma unroll 1
+            for (int k = place; k < places; k += 32) {
+                const int e = k < 32 ? chosen : experts[k];
+                body(k, e, k < 32 ? chosen_logit : token_logits[e]);
             }
-            continue;
-        }
-        const W* token_logits = logits + t * num_experts;
-        W l[N], q[N];
-        load_logits(token_logits, num_experts, l);
-        const Normaliser full = softmax(l, q);
-
-        Key keys[N];
-        const bool by_logit = expert_bias == nullptr && router.num_groups == 0;
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const int e = lane + 32 * i;
-            if (e >= num_experts) {
-                keys[i] = 0;
-            } else if (by_logit) {
-                keys[i] = order_key(l[i]);
-            } else {
-                const W score = router.sigmoid ? sigmoid(l[i]) : q[i];
-                keys[i] = order_key(score + (expert_bias != nullptr ? W(expert_bias[e]) : W(0)));
-            }
-        }
-        if (router.num_groups > 0) keep_best_groups(router, keys);
-        int chosen = 0;  // lane k knows the k-th without reading it back
-        for (int k = 0; k < top_k; k++) {
-            const int e = take_best(keys);
-            if (lane == (k & 31)) {
-                experts[k] = e;
-                if (k < 32) chosen = e;
-            }
-        }
-
-        const auto chosen_logit = [&](int k) { return token_logits[k < 32 ? chosen : experts[k]]; };
+        };
+        const auto score = [&](W logit) { return router.sigmoid ? log_sigmoid(logit) : logit; };
+        W top = minus_infinity(), sum = 0;
         if (router.normalise) {
-            const auto score = [&](int k) {
-                const W logit = chosen_logit(k);
-                return router.sigmoid ? log_sigmoid(logit) : logit;
-            };
-            W top = minus_infinity();
-            for (int k = lane; k < top_k; k += 32) {
-                const W x = score(k);
-                top = x > top ? x : top;
-            }
-            top = warp_largest(top);
-            W sum = 0;
-            for (int k = lane; k < top_k; k += 32) sum += exp(score(k) - top);
-            sum = warp_sum(sum);
-            for (int k = lane; k < top_k; k += 32) weights[k] = exp(score(k) - top) / sum * scale;
-        } else {
-            for (int k = lane; k < top_k; k += 32) {
-                const W logit = chosen_logit(k);
-                weights[k] = (router.sigmoid ? sigmoid(logit) : exp(logit - full.top) / full.sum) * scale;
-            }
+            for_each([&](int, int, W logit) { top = fmax(top, score(logit)); });
+            top = warp_max(top, span);
+            for_each([&](int, int, W logit) { sum += exp(score(logit) - top); });
+            sum = warp_sum(sum, span);
         }
-
-        for (int k = lane; k < top_k; k += 32) atomicAdd(&block_counts[k < 32 ? chosen : experts[k]], 1);
-
-        const W lse = full.top + log(full.sum);
-        z_sum += lse * lse;
-        Normaliser scores = full;
-        if (router.sigmoid) {
-            log_sigmoids(l, l);
-            scores = softmax(l, q);
-        }
-        const W log_sum = log(scores.sum);
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            q_sums[i] += q[i];
-            // -q log q; a score of 0 adds nothing, NaN does
-            if (q[i] != 0) entropy_sum += q[i] * (log_sum - (l[i] - scores.top));
+        for_each([&](int k, int e, W logit) {
+            const W weight = router.normalise ? exp(score(logit) - top) / sum
+                : router.sigmoid              ? sigmoid(logit)
+                                              : exp(logit - full.top) / full.sum;
+            experts[k] = e;
+            weights[k] = weight * W(router.scale);
+            atomicAdd(&block_counts[e], 1);
+        });
+        if (place == 0 && places > 0) {
+            const W log_sum = log(full.sum), lse = full.top + log_sum;
+            z_sum += lse * lse;
+            if (!router.sigmoid) entropy_sum += log_sum;
         }
     }
 
+    z_sum = warp_sum(z_sum);
     entropy_sum = warp_sum(entropy_sum);
     if (lane == 0) {
         warp_losses[warp][0] = z_sum;
         warp_losses[warp][1] = entropy_sum;
     }
-    for (int w = 0; w < WARPS; w++) {
-        if (warp == w) {
 #pragma unroll
-            for (int i = 0; i < N; i++) {
-                const int e = lane + 32 * i;
-                block_scores[e] = w == 0 ? q_sums[i] : block_scores[e] + q_sums[i];
-            }
-        }
-        __syncthreads();
+    for (int i = 0; i < N; i++) {
+        const int e = lane + 32 * i;
+        if (e < num_experts) warp_scores[warp * num_experts + e] = q_sums[i];
     }
-    const int64 first = int64(blockIdx.x) * num_experts;
+    __syncthreads();
+    const int64 row = int64(blockIdx.x) * num_experts;
     for (int e = threadIdx.x; e < num_experts; e += 32 * WARPS) {
-        sums.scores[first + e] = block_scores[e];
-        sums.counts[first + e] = block_counts[e];
+        W score = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) score += warp_scores[w * num_experts + e];
+        sums.scores[row + e] = score;
+        sums.counts[row + e] = block_counts[e];
     }
     if (threadIdx.x < 2) {
         W sum = 0;
@@ -366,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     __syncthreads();
     add_up<32 * WARPS>(router, sums, 1);
     if (plan.expert_offsets == nullptr) return;
-    place_chunk<32 * WARPS>(slots, 0, topk_idx, topk_weights, sums.counts, plan, next);
+    place_chunk<32 * WARPS>(slots, 0, topk_idx, topk_weights, sums.counts, plan, memory);
 }
 
 // Block c makes the plan of chunk c; the last block adds up the sums, and is the only one where no plan is
@@ -375,9 +461,8 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1) route_plan(
     const Router router, const Slots slots, const int* topk_idx, const W* topk_weights, const Sums sums,
     const Plan<W> plan
 ) {
-    uint16* next = reinterpret_cast<uint16*>(dynamic_shared<2>());
     if (blockIdx.x == gridDim.x - 1) return add_up<PLAN_THREADS>(router, sums, slots.chunks);
-    place_chunk<PLAN_THREADS>(slots, blockIdx.x, topk_idx, topk_weights, sums.counts, plan, next);
+    place_chunk<PLAN_THREADS>(slots, blockIdx.x, topk_idx, topk_weights, sums.counts, plan, dynamic_shared<8>());
 }
 
 // The losses of sums [E + 2] and rows that were added up over ranks. One warp.

@@ -38,8 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sort_count(
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sort_place(
     const Slots slots, const int* topk_idx, const W* topk_weights, const int* counts, const Plan<W> plan
 ) {
-    uint16* next = reinterpret_cast<uint16*>(dynamic_shared<2>());
-    place_chunk<THREADS>(slots, blockIdx.x, topk_idx, topk_weights, counts, plan, next);
+    place_chunk<THREADS>(slots, blockIdx.x, topk_idx, topk_weights, counts, plan, dynamic_shared<8>());
 }
 
 // --- the heaviest rows of an expert ---

@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uintptr_t
 
 from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, UINT8, Array, Space, itemsize
 from .launch cimport Parameter, kernel
-from .placement cimport Plan, Slots, in_chunks, rank_bytes
+from .placement cimport Plan, Slots, in_chunks, place_bytes
 
 cdef enum:
     VECTOR_BYTES = 16
@@ -74,7 +74,8 @@ def sort(
     )
     cdef Parameter[5] place_params = [&slots, &topk_idx.data, &topk_weights.data, &counts, &plan]
     kernel("sort.cu", "sort_place", defines, device, MOST_SORT_BYTES).launch(
-        slots.chunks, 1, 1, SORT_THREADS, rank_bytes(SORT_THREADS // 32, E), space.stream, place_params
+        slots.chunks, 1, 1, SORT_THREADS, place_bytes(SORT_THREADS // 32, E, itemsize(topk_weights.dtype)),
+        space.stream, place_params,
     )
     if not heaviest:
         return

@@ -38,6 +38,6 @@ cdef inline Slots in_chunks(
     return out
 
 
-cdef inline unsigned int rank_bytes(int warps, int32_t num_experts) noexcept:
-    """Shared memory that placing a chunk takes."""
-    return <unsigned int>(2 * warps * num_experts)
+cdef inline unsigned int place_bytes(int warps, int32_t num_experts, int width) noexcept:
+    """Shared memory that placing a chunk takes, with weights of so many bytes."""
+    return <unsigned int>max(2 * warps * num_experts, 64 * warps * (8 + width))

@@ -6,7 +6,7 @@ from ..arrays cimport FLOAT32, FLOAT64, UINT8, Array, Space, itemsize
 from . cimport gate_logits_sm90, gate_wgrad_sm90
 from .dense_gemm cimport dense_gemm
 from .launch cimport Parameter, kernel
-from .placement cimport Plan, Slots, in_chunks, rank_bytes
+from .placement cimport Plan, Slots, in_chunks, place_bytes
 
 from .permute import sort
 
@@ -143,7 +143,8 @@ cdef int _route(
     Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses, Array totals, Plan plan,
 ) except -1:
     """Choice, weights, counts and losses; and the plan, if it has somewhere to go."""
-    cdef int per_lane = _per_lane(logits.dtype, logits.dims[1]), lane_bytes = per_lane * itemsize(logits.dtype)
+    cdef int width = itemsize(logits.dtype), per_lane = _per_lane(logits.dtype, logits.dims[1])
+    cdef int lane_bytes = per_lane * width
     cdef int warps = 32 if lane_bytes <= 16 else 16 if lane_bytes <= 32 else 8
     cdef tuple defines = _DEFINES[logits.dtype, per_lane]
     cdef Router router = _router(config, logits.dims[0])
@@ -151,7 +152,7 @@ cdef int _route(
     cdef Slots slots = in_chunks(
         router.num_tokens, router.top_k, router.num_experts, capacity, ALONE * warps if alone else warps
     )
-    cdef int64_t entries = <int64_t>slots.chunks * router.num_experts, width = itemsize(logits.dtype)
+    cdef int64_t entries = <int64_t>slots.chunks * router.num_experts
     cdef Array scratch = space.empty((width * (entries + 2 * slots.chunks) + 4 * entries,), UINT8)
     cdef Sums sums
     sums.scores = scratch.data
@@ -167,9 +168,12 @@ cdef int _route(
     cdef Parameter[9] params = [
         &router, &slots, &logits.data, &bias, &mask, &topk_idx.data, &topk_weights.data, &sums, &plan
     ]
-    kernel("routing.cu", "route", defines, space.device_id, rank_bytes(warps, 32 * per_lane)).launch(
-        slots.chunks, 1, 1, 32 * warps, rank_bytes(warps, router.num_experts) if alone else 0,
-        space.stream, params,
+    # for every warp's scores, and then for the plan
+    cdef unsigned int smem = <unsigned int>(warps * width * router.num_experts)
+    if alone:
+        smem = max(smem, place_bytes(warps, router.num_experts, width))
+    kernel("routing.cu", "route", defines, space.device_id, MOST_PLAN_BYTES).launch(
+        slots.chunks, 1, 1, 32 * warps, smem, space.stream, params
     )
     if alone:
         return 0
@@ -178,7 +182,7 @@ cdef int _route(
     ]
     kernel("routing.cu", "route_plan", defines, space.device_id, MOST_PLAN_BYTES).launch(
         slots.chunks + 1 if planned else 1, 1, 1, PLAN_THREADS,
-        rank_bytes(PLAN_THREADS // 32, router.num_experts) if planned else 0, space.stream, plan_params,
+        place_bytes(PLAN_THREADS // 32, router.num_experts, width) if planned else 0, space.stream, plan_params,
     )
     return 0
 

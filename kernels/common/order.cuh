@@ -15,9 +15,9 @@ template <> struct KeyOf<double> {
 template <class W> using key_of = typename KeyOf<W>::type;
 
 __device__ __forceinline__ uint32 order_key(float x) {
-    if (x != x) return 0x007fffffu;  // minus infinity's
-    const uint32 bits = x == 0 ? 0u : __float_as_uint(x);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
+    // minus infinity instead of NaN, 0 instead of -0
+    const uint32 bits = __float_as_uint(fmaxf(x, __int_as_float(0xff800000)) + 0.0f);
+    return bits ^ (uint32(int(bits) >> 31) | 0x80000000u);
 }
 
 __device__ __forceinline__ uint64 order_key(double x) {

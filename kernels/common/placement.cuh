@@ -57,6 +57,7 @@ template <int THREADS> __device__ int block_exclusive_scan(int x, int& total) {
 template <int THREADS>
 __device__ void scan_sizes(const int* sizes, int num_experts, int limit, int* offsets, int* copy) {
     int running = 0;
+#pragma unroll 1
     for (int first = 0; first < num_experts; first += THREADS) {
         const int e = first + int(threadIdx.x);
         const int size = e < num_experts ? sizes[e] : 0;
@@ -75,18 +76,28 @@ __device__ void scan_sizes(const int* sizes, int num_experts, int limit, int* of
     __syncthreads();
 }
 
+// A step's slots in the order of their experts, on their way to rows.
+template <int THREADS, class W> struct Staged {
+    static constexpr int STEP = 2 * THREADS;
+    int rows[STEP], slots[STEP];
+    W weights[STEP];
+};
+
 // Every slot of the chunk gets its row, or -1 past the first `capacity` of its expert; with `order`, its
-// place there. counts is [chunks, E]; next is shared memory of [THREADS / 32, E]. Call it in all threads.
+// place there. counts is [chunks, E]; `memory` has room for [THREADS / 32, E] uint16, and for Staged. Call it in all
+// threads.
 template <int THREADS, class W>
 __device__ void place_chunk(
     const Slots& slots, int chunk, const int* topk_idx, const W* topk_weights, const int* counts,
-    const Plan<W>& plan, uint16* next
+    const Plan<W>& plan, unsigned char* memory
 ) {
     constexpr int WARPS = THREADS / 32, SLOTS_PER_LANE = 2, STEP = THREADS * SLOTS_PER_LANE;
     __shared__ int ranks[MAX_EXPERTS];        // of the expert's next slot in this chunk
-    __shared__ int sizes[MAX_EXPERTS];        // of the expert, all chunks
+    __shared__ int sizes[MAX_EXPERTS + 1];    // of the expert, all chunks; then where its slots of a step begin
     __shared__ int offsets[MAX_EXPERTS + 1];  // where the expert's rows, or its slots in `order`, begin
     __shared__ int kept;                      // rows of all experts
+    uint16* next = reinterpret_cast<uint16*>(memory);
+    Staged<THREADS, W>& staged = *reinterpret_cast<Staged<THREADS, W>*>(memory);
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, num_experts = slots.num_experts;
 
     for (int e = threadIdx.x; e < num_experts; e += THREADS) ranks[e] = sizes[e] = 0;
@@ -120,7 +131,7 @@ __device__ void place_chunk(
         const int64 first = step + warp * (32 * SLOTS_PER_LANE) + lane;
         for (int e = lane; e < num_experts; e += 32) mine[e] = 0;
         __syncwarp();
-        int experts[SLOTS_PER_LANE];
+        int experts[SLOTS_PER_LANE], places[SLOTS_PER_LANE];
         W weights[SLOTS_PER_LANE];
         uint32 peers[SLOTS_PER_LANE];  // lanes with the same expert
 #pragma unroll
@@ -132,6 +143,8 @@ __device__ void place_chunk(
 #pragma unroll
         for (int i = 0; i < SLOTS_PER_LANE; i++) {
             peers[i] = __match_any_sync(ALL_LANES, experts[i]);
+            places[i] = experts[i] >= 0 ? mine[experts[i]] + __popc(peers[i] & lower_lanes()) : 0;
+            __syncwarp();
             if (experts[i] >= 0 && (peers[i] & lower_lanes()) == 0) mine[experts[i]] += __popc(peers[i]);
             __syncwarp();
         }
@@ -139,41 +152,52 @@ __device__ void place_chunk(
         for (int e = threadIdx.x; e < num_experts; e += THREADS) {
             int rank = 0;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                const int size = next[w * num_experts + e];
-                next[w * num_experts + e] = uint16(rank);
-                rank += size;
+            for (int first_warp = 0; first_warp < WARPS; first_warp += 8) {
+                int found[8];  // read before anything is written, or each would wait for the one before
+#pragma unroll
+                for (int w = 0; w < 8; w++) found[w] = next[(first_warp + w) * num_experts + e];
+#pragma unroll
+                for (int w = 0; w < 8; w++) {
+                    next[(first_warp + w) * num_experts + e] = uint16(rank);
+                    rank += found[w];
+                }
             }
+            sizes[e] = rank;
         }
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < SLOTS_PER_LANE; i++) {
+            if (experts[i] >= 0) places[i] += mine[experts[i]];
+        }
+        scan_sizes<THREADS>(sizes, num_experts, NO_BOUND, sizes, nullptr);
+        // By expert first, then to memory: neighbours go to neighbouring rows.
+#pragma unroll
+        for (int i = 0; i < SLOTS_PER_LANE; i++) {
             const int64 slot = first + 32 * i;
             const int e = experts[i];
-            const int local = e >= 0 ? mine[e] + __popc(peers[i] & lower_lanes()) : 0;
-            __syncwarp();
-            if (e >= 0 && (peers[i] & lower_lanes()) == 0) mine[e] = uint16(local + __popc(peers[i]));
-            __syncwarp();
-            if (slot >= end) continue;
-            const int rank = e >= 0 ? ranks[e] + local : 0;
-            if (e < 0) {
-                plan.token_rows[slot] = -1;
-            } else if (plan.order != nullptr) {
-                plan.order[offsets[e] + rank] = int(slot);
-                plan.keys[offsets[e] + rank] = order_key(weights[i]);
-            } else if (rank < slots.capacity) {
-                const int row = offsets[e] + rank;
-                plan.token_rows[slot] = row;
-                plan.row_token[row] = int(slot) / slots.top_k;
-                plan.row_weights[row] = weights[i];
-            } else {
-                plan.token_rows[slot] = -1;
+            int row = -1;
+            if (e >= 0) {
+                const int rank = ranks[e] + places[i], at = sizes[e] + places[i];
+                if (plan.order != nullptr || rank < slots.capacity) row = offsets[e] + rank;
+                staged.rows[at] = row;
+                staged.slots[at] = int(slot);
+                staged.weights[at] = weights[i];
             }
+            if (slot < end && (plan.order == nullptr || e < 0)) plan.token_rows[slot] = row;
         }
         __syncthreads();
-        // the last warp's next ranks are what all warps have placed
-        const uint16* placed = next + (WARPS - 1) * num_experts;
-        for (int e = threadIdx.x; e < num_experts; e += THREADS) ranks[e] += placed[e];
+        for (int at = threadIdx.x; at < sizes[num_experts]; at += THREADS) {
+            const int row = staged.rows[at], slot = staged.slots[at];
+            if (row < 0) continue;
+            if (plan.order != nullptr) {
+                plan.order[row] = slot;
+                plan.keys[row] = order_key(staged.weights[at]);
+            } else {
+                plan.row_token[row] = slot / slots.top_k;
+                plan.row_weights[row] = staged.weights[at];
+            }
+        }
+        for (int e = threadIdx.x; e < num_experts; e += THREADS) ranks[e] += sizes[e + 1] - sizes[e];
         __syncthreads();
     }
 

@@ -11,20 +11,24 @@ __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
 
 __device__ __forceinline__ uint32 lower_lanes() { return (1u << (threadIdx.x & 31)) - 1; }
 
-// The same bits in every lane: x + y and y + x are equal.
-template <class A> __device__ __forceinline__ A warp_sum(A x) {
+// Over each `lanes` lanes, a power of two. The same bits in all of them: x + y and y + x are equal.
+template <class A> __device__ __forceinline__ A warp_sum(A x, int lanes = 32) {
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    for (int distance = 16; distance > 0; distance /= 2) {
+        const A other = __shfl_xor_sync(ALL_LANES, x, distance);
+        if (distance < lanes) x += other;
+    }
     return x;
 }
 
 __device__ __forceinline__ int warp_sum(int x) { return __reduce_add_sync(ALL_LANES, x); }
 
-template <class A> __device__ __forceinline__ A warp_max(A x) {
+// Likewise; NaN only where all are.
+template <class A> __device__ __forceinline__ A warp_max(A x, int lanes) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) {
         const A other = __shfl_xor_sync(ALL_LANES, x, distance);
-        x = other > x ? other : x;
+        if (distance < lanes) x = fmax(x, other);
     }
     return x;
 }

@@ -125,6 +125,22 @@ def test_ties_go_to_the_lower_index(kind, gating, groups, biased):
         assert topk_idx[t].tolist() == reference.select(config, logits[t], bias)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("experts", "top_k"), [(5, 2), (128, 8), (100, 32), (128, 40), (600, 6)])
+def test_logits_that_differ_in_their_last_bits(kind, experts, top_k, dtype):
+    """All of a token's, or the last that is chosen and the first that is not, in either order, or a tie."""
+    config = MoEConfig(d_model=1, ffn_dim=2, num_experts=experts, top_k=top_k)
+    rng = np.random.default_rng(experts)
+    steps = rng.permuted(np.tile(np.arange(experts), (9, 1)), axis=1)
+    spread = rng.standard_normal((30, experts)).astype(dtype)
+    ends = np.argsort(-spread, axis=1)[:, top_k - 1 : top_k + 1]
+    for row, (last, other) in zip(spread, ends, strict=True):
+        row[other] = np.nextafter(row[last], row[last] + rng.integers(-1, 2).astype(dtype))
+    logits = np.concatenate([1 + steps * np.finfo(dtype).eps, spread]).astype(float)
+    topk_idx = numbers(kind, stage_route(kind, config, logits, dtype)[0])
+    assert topk_idx.tolist() == [reference.select(config, row) for row in logits]
+
+
 @pytest.mark.parametrize(
     ("experts", "top_k"), [(1, 1), (2, 2), (31, 31), (33, 5), (64, 64), (257, 3), (1024, 8)]
 )

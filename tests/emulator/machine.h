@@ -41,6 +41,7 @@
 
 using std::exp;
 using std::fabs;
+using std::fmax;
 using std::log;
 using std::log1p;
 using std::max;
@@ -399,6 +400,10 @@ template <class T> T __shfl_up_sync(unsigned, T value, unsigned distance) {
     const uint64_t* values = machine::exchange(machine::bits_of(value));
     return machine::value_of<T>(values[machine::lane() - (machine::lane() >= distance ? distance : 0)]);
 }
+template <class T> T __shfl_down_sync(unsigned, T value, unsigned distance) {
+    const uint64_t* values = machine::exchange(machine::bits_of(value));
+    return machine::value_of<T>(values[machine::lane() + (machine::lane() + distance < machine::WARP ? distance : 0)]);
+}
 template <class T> T __shfl_sync(unsigned, T value, unsigned lane) {
     return machine::value_of<T>(machine::exchange(machine::bits_of(value))[lane % machine::WARP]);
 }
@@ -426,6 +431,7 @@ template <class T, class Agrees> unsigned lanes_that(T value, Agrees agrees) {
 inline unsigned __ballot_sync(unsigned, bool value) {
     return lanes_that(value, [](bool other) { return other; });
 }
+inline bool __any_sync(unsigned lanes, bool value) { return __ballot_sync(lanes, value) != 0; }
 inline unsigned __match_any_sync(unsigned, int value) {
     return lanes_that(value, [&](int other) { return other == value; });
 }
