@@ -18,6 +18,7 @@
 #include "common/cluster_walk.cuh"
 #include "common/dynamic_shared.cuh"
 #include "common/mbarrier.cuh"
+#include "common/pace.cuh"
 #include "common/pieces.cuh"
 #include "common/ring.cuh"
 #include "common/roles.cuh"
@@ -116,7 +117,7 @@ __device__ __forceinline__ Ring multiply_tile(Sums& sums, Ring& ring, int steps)
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm(
     const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
     const __grid_constant__ TensorMap out_map, const int* offsets, X* out,
-    int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles, uint32* due
 ) {
     if (threadIdx.x < 32)
         shared().tiles.fill({offsets, num_rows, chunks, chunk}, num_groups, Walk::ROWS, column_tiles);
@@ -140,16 +141,22 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         };
         Walk walk(shared().tiles, num_groups, column_tiles);
         const int products = walk.products();
+        // the other block of a cluster can't get far ahead of the one that waits
+        Pace pace{cluster_rank() == 0 ? due : nullptr};
         Ring ring;
         Tile tile;
-        for (int index = first_tile(); index < products && walk.find(index, tile); index += stride)
+        pace.announce();
+        for (int index = first_tile(); index < products && walk.find(index, tile); index += stride) {
+            pace.wait(index, stride, products);
             for (int step = 0; step < steps; ++step, ring.advance()) {
                 const int k = step * DEPTH;
+                if (step == steps - 1) pace.announce();
                 wait(ring.empty(), ring.parity ^ 1);
                 arrive_expecting(ring.full(), STAGE_BYTES);
                 copy_part(ring, tile, k);
                 copy_own<ROWS, false>(ring.own(), a_map, tile.first, k, 0, ring.full());
             }
+        }
     };
     const auto multiply_all = [&] {
         Walk walk(shared().tiles, num_groups, column_tiles);

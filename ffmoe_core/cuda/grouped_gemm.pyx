@@ -22,6 +22,7 @@ cdef enum:
     CLUSTER
     PACED
     TURNS
+    PACED_TURNS
 
 cdef tuple FILES = ("grouped_gemm_simt.cu", "grouped_gemm_sm80.cu", "grouped_gemm_sm80.cu")
 cdef int[3] TILE_COLUMNS = [128, 128, 256]
@@ -165,8 +166,10 @@ def grouped_gemm(
         "gemm_nk" if transpose_b else "gemm_kn", a.dtype, addresses, num_groups, num_rows, depth, columns,
         space.device_id, index != 0,
     )
-    if path == TURNS:
-        sm90.grouped_gemm_in_turns(space, a, b, expert_offsets, transpose_b, out, chunks, chunk)
+    if path >= TURNS:
+        sm90.grouped_gemm_in_turns(
+            space, a, b, expert_offsets, transpose_b, out, path == PACED_TURNS, chunks, chunk
+        )
         return
     if path >= CLUSTER:
         sm90.grouped_gemm(space, a, b, expert_offsets, row_index, transpose_b, out, path == PACED, chunks, chunk)

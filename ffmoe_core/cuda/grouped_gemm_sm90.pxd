@@ -12,7 +12,8 @@ cdef int grouped_gemm(
     bint paced, int chunks, int chunk,
 ) except -1
 cdef int grouped_gemm_in_turns(
-    Space space, Array a, Array b, Array expert_offsets, bint transpose_b, Array out, int chunks, int chunk
+    Space space, Array a, Array b, Array expert_offsets, bint transpose_b, Array out, bint paced,
+    int chunks, int chunk,
 ) except -1
 cdef int grouped_gemm_wgrad(
     Space space, Array a, Array b, Array expert_offsets, Array a_index, Array b_index, Array out,

@@ -159,7 +159,8 @@ cdef int grouped_gemm(
 
 
 cdef int grouped_gemm_in_turns(
-    Space space, Array a, Array b, Array expert_offsets, bint transpose_b, Array out, int chunks, int chunk
+    Space space, Array a, Array b, Array expert_offsets, bint transpose_b, Array out, bint paced,
+    int chunks, int chunk,
 ) except -1:
     cdef int num_groups = <int>b.dims[0], num_rows = <int>out.dims[0]
     cdef int depth = <int>a.dims[1], columns = <int>out.dims[1]
@@ -170,12 +171,14 @@ cdef int grouped_gemm_in_turns(
     map_matrices(
         &b_map, b, num_groups, b.dims[1], b.dims[2], (TURNS_COLUMNS if transpose_b else DEPTH) // CLUSTER
     )
-    cdef Parameter[12] params = [
+    cdef Array counter = counter_for_pace(space, paced)
+    cdef uintptr_t due = address(counter)
+    cdef Parameter[13] params = [
         a_map.at, b_map.at, out_map.at, &expert_offsets.data, &out.data,
-        &num_groups, &num_rows, &chunks, &chunk, &depth, &columns, &column_tiles,
+        &num_groups, &num_rows, &chunks, &chunk, &depth, &columns, &column_tiles, &due,
     ]
     return launch(
-        space, "grouped_gemm", _gemm_in_turns[a.dtype, transpose_b], params, 0, TURNS_FILE, TURNS_SHARED_BYTES
+        space, "grouped_gemm", _gemm_in_turns[a.dtype, transpose_b], params, due, TURNS_FILE, TURNS_SHARED_BYTES
     )
 
 

@@ -33,10 +33,12 @@ class Tiles(IntEnum):
     CLUSTER = 3  # wgmma, 128x256, two blocks that share an operand
     PACED = 4  # the same, and all blocks begin their n-th tile together
     TURNS = 5  # wgmma, 128x192, two blocks as above; a block's two warpgroups take turns with whole tiles
+    PACED_TURNS = 6  # the same, and all blocks begin their n-th tile together
 
 
-HOPPER = frozenset({Tiles.CLUSTER, Tiles.PACED, Tiles.TURNS})
-_EVERYWHERE = frozenset(Tiles) - {Tiles.TURNS}  # for every product
+TURNS = frozenset({Tiles.TURNS, Tiles.PACED_TURNS})
+HOPPER = frozenset({Tiles.CLUSTER, Tiles.PACED}) | TURNS
+_EVERYWHERE = frozenset(Tiles) - TURNS  # for every product
 PRODUCTS = {
     "gemm_nk": frozenset(Tiles),  # weights as [N, K]
     "gemm_kn": frozenset(Tiles),  # and as [K, N]
@@ -107,7 +109,7 @@ def octaves_apart(a: Size, b: Size) -> float:
 def possible_tiles(product: str, gpu: Gpu, gathers: bool) -> frozenset[Tiles]:
     if not gpu.hopper:
         return PRODUCTS[product] - HOPPER
-    return PRODUCTS[product] - {Tiles.TURNS} if gathers else PRODUCTS[product]
+    return PRODUCTS[product] - TURNS if gathers else PRODUCTS[product]
 
 
 def choose(product: str, size: Size, gpu: Gpu, gathers: bool = False) -> Tiles:

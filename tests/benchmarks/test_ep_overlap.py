@@ -67,7 +67,7 @@ def runs():
 BESIDE = {
     "weight gradients": ("weight gradient", "dispatch backward"),
     "router gradients": ("route backward", "dispatch backward"),
-    "losses": ("permute", "losses"),
+    "losses": ("combine", "losses"),
     "packing": ("permute", "counts"),
 }
 

@@ -56,7 +56,7 @@ BROKEN = {
         "            if (!is_first) wait_for_turn();\n",
         "",
         ("products", "grouped_gemm_in_turns, transpose_b=True"),
-        "more arrivals than it waits for",
+        ("more arrivals than it waits for", "nothing happens any more"),  # as the schedule has it
     ),
     "a turn that is given before its stages are waited for": (
         "grouped_gemm_turns_sm90.cu",
@@ -93,10 +93,12 @@ BROKEN = {
         ("layers", "float32, groups", "own"),
         "AssertionError",
     ),
-    "ranks that are moved on while other warps read them": (
+    "ranks that are read before they are known": (
         "common/placement.cuh",
-        "        __syncthreads();\n        // the last warp's next",
-        "        // the last warp's next",
+        "        __syncthreads();\n#pragma unroll\n        for (int i = 0; i < SLOTS_PER_LANE; i++) {\n"
+        "            if (experts[i] >= 0) places",
+        "#pragma unroll\n        for (int i = 0; i < SLOTS_PER_LANE; i++) {\n"
+        "            if (experts[i] >= 0) places",
         ("layers", "bfloat16, rows past one tile", "own"),
         None,  # rows out of bounds: it is killed for that
     ),
@@ -121,4 +123,4 @@ def test_a_broken_kernel_is_seen(outcomes, what):
         assert code < 0, output
     else:
         assert code > 0
-        assert seen in output, output
+        assert any(words in output for words in ([seen] if isinstance(seen, str) else seen)), output
