@@ -50,7 +50,7 @@ PRODUCTS = {
 WIDE_DEPTH = 2048
 WIDE_WGRAD_DEPTH = 512
 TILE_ROWS = 128
-TURNS_DEPTH = 1024  # longer contractions gain more by wide tiles than by tile ends that cost nothing
+TURNS_DEPTH = 2048  # longer contractions gain more by wide tiles than by tile ends that cost nothing
 PACED_DEPTH = 1024  # the operands of a shorter one stay in the second-level cache without pace, too
 NEAR_OCTAVES = 4.0  # a factor of 2 in one size is an octave
 
@@ -86,10 +86,11 @@ def rule(product: str, size: Size, gpu: Gpu, gathers: bool = False) -> Tiles:
     """The choice where nothing was measured."""
     rows, columns = size.rows, size.columns
     if gpu.hopper:
-        if size.width < TURNS_DEPTH and Tiles.TURNS in possible_tiles(product, gpu, gathers):
-            return Tiles.TURNS
         across = -(-columns // (128 if product == "glu" else 256))
         paced = size.width >= PACED_DEPTH and rows // 256 * across >= gpu.multiprocessors
+        in_turns = paced or size.width < PACED_DEPTH
+        if in_turns and size.width <= TURNS_DEPTH and TURNS <= possible_tiles(product, gpu, gathers):
+            return Tiles.PACED_TURNS if paced else Tiles.TURNS
         return Tiles.PACED if paced and product != "wgrad" else Tiles.CLUSTER
     if product == "wgrad":
         down, deep = size.groups * -(-size.width // TILE_ROWS), rows >= size.groups * WIDE_WGRAD_DEPTH

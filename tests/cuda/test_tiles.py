@@ -83,7 +83,7 @@ def test_choices_are_possible_ones(card, product):
 def test_the_rule():
     """Many wide tiles, a contraction too short for them, too few of them or not full; pace for long contractions.
 
-    And turns for short ones.
+    And turns for those that are not very long, unless there are too few tiles to keep pace with.
     """
     old = CARD._replace(hopper=False)
     for product in ("gemm_nk", "gemm_kn", "glu"):
@@ -99,7 +99,10 @@ def test_the_rule():
     assert rule("wgrad", Size(8, 32768, 4096, 4096), CARD) is Tiles.CLUSTER
     for product in ("gemm_nk", "gemm_kn"):
         assert rule(product, Size(8, 32768, 768, 4096), CARD) is Tiles.TURNS
-        assert rule(product, Size(8, 32768, 1024, 4096), CARD) is Tiles.PACED
+        assert rule(product, Size(8, 32768, 2048, 4096), CARD) is Tiles.PACED_TURNS
+        assert rule(product, Size(8, 32768, 4096, 4096), CARD) is Tiles.PACED
+        assert rule(product, Size(8, 256, 2048, 4096), CARD) is Tiles.CLUSTER
+        assert rule(product, Size(8, 32768, 2048, 4096), CARD, gathers=True) is Tiles.PACED
 
 
 @pytest.mark.parametrize("product", ["gemm_nk", "gemm_kn"])
