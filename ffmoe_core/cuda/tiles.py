@@ -89,7 +89,7 @@ def rule(product: str, size: Size, gpu: Gpu, gathers: bool = False) -> Tiles:
         across = -(-columns // (128 if product == "glu" else 256))
         paced = size.width >= PACED_DEPTH and rows // 256 * across >= gpu.multiprocessors
         in_turns = paced or size.width < PACED_DEPTH
-        if in_turns and size.width <= TURNS_DEPTH and TURNS <= possible_tiles(product, gpu, gathers):
+        if in_turns and size.width <= TURNS_DEPTH and possible_tiles(product, gpu, gathers) >= TURNS:
             return Tiles.PACED_TURNS if paced else Tiles.TURNS
         return Tiles.PACED if paced and product != "wgrad" else Tiles.CLUSTER
     if product == "wgrad":
