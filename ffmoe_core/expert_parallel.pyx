@@ -780,11 +780,13 @@ def _run_experts_backward(layer, d_rows, received, kept_z, dispatched, w_up, w_d
                 )
         home.wait_for(chunk)
         dp = space.empty((R, 1), W)  # only this chunk's rows are of use
-        for begin, end in beside.parts(L, a_weight):
-            backend.grouped_glu_backward(
-                space, d_out, experts_of(down, begin, end), offsets_of(offsets, begin, end, C), row_token,
-                row_weights, z, config.activation, dz, pa, dp.at(0, (R,), W), C, chunk,
-            )
+        # In one: it writes dp of all rows, of other experts' too.
+        space.spared = beside.spared(L, a_weight)
+        backend.grouped_glu_backward(
+            space, d_out, down, offsets, row_token, row_weights, z, config.activation, dz, pa,
+            dp.at(0, (R,), W), C, chunk,
+        )
+        space.spared = 0
         for begin, end in beside.parts(L, 2 * a_weight):
             backend.grouped_gemm(
                 space, dz, experts_of(up, begin, end), offsets_of(offsets, begin, end, C), None, False, dx_rows,
@@ -876,6 +878,10 @@ cdef class Beside:
         cdef int64_t count = min(<int64_t>ceil(self.flop / max(flop_an_expert, 1.0)), num_experts)
         self.flop = max(self.flop - count * flop_an_expert, 0.0)
         return count
+
+    cdef int spared(self, int64_t num_experts, double flop_an_expert):
+        """How many multiprocessors a product of all experts leaves free."""
+        return self.multiprocessors if self.experts(num_experts, flop_an_expert) > 0 else 0
 
     def parts(self, int64_t num_experts, double flop_an_expert):
         """(first, end) of those whose products spare multiprocessors, and of the others, for each to be launched."""

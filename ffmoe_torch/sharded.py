@@ -173,6 +173,7 @@ class _Call:
     ) -> None:
         self._start_beside = start_beside
         self._started: Any = None  # what it returned
+        self._stopped: _StopRecomputationError | None = None  # or raised
         self._records = torch.is_grad_enabled()
         self.weight_scale = sharded.weight_scale
         self.weight_sums = weight_sums
@@ -187,8 +188,16 @@ class _Call:
         """Launches what runs beside the dispatch; autograd, which is off inside of a function, records it."""
         start, self._start_beside = self._start_beside, None
         if start is not None:
-            with torch.set_grad_enabled(self._records):
-                self._started = start()
+            try:
+                with torch.set_grad_enabled(self._records):
+                    self._started = start()
+            except _StopRecomputationError as stop:  # no failure, and the dispatch is under way
+                self._stopped = stop
+
+    def stop(self) -> None:
+        """What ended a recomputation while the tokens were on their way ends it now."""
+        if self._stopped is not None:
+            raise self._stopped
 
     def start_backward(self) -> None:
         """With chunks the functions' gradients hand each other what they have started."""
@@ -234,6 +243,7 @@ class _Dispatch(torch.autograd.Function):
             valid_mask=valid_mask,
             meanwhile=call.start,
         )
+        call.stop()
         call.sizes = dispatched.sizes
         ctx.call = call
         ctx.save_for_backward(
@@ -242,19 +252,20 @@ class _Dispatch(torch.autograd.Function):
             gate_weight,
             dispatched.logits,
             dispatched.routing,
-            dispatched.balance,
             dispatched.sending,
             dispatched.pair_slots,
         )
+        # Not saved as the others: combine is yet to fill it, and hooks for saved tensors may copy them at once.
+        ctx.balance = dispatched.balance
         return dispatched.received, dispatched.weights, dispatched.losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, router_input, gate_weight, logits, routing, balance, sending, pair_slots = ctx.saved_tensors
+        x, router_input, gate_weight, logits, routing, sending, pair_slots = ctx.saved_tensors
         call: _Call = ctx.call
         dispatched = call.dispatched_again(
-            logits=logits, routing=routing, balance=balance, sending=sending, pair_slots=pair_slots
+            logits=logits, routing=routing, balance=ctx.balance, sending=sending, pair_slots=pair_slots
         )
         (graph_task, weight_gradients), call.weight_gradients = call.weight_gradients or (-1, None), None
         meanwhile = None

@@ -51,8 +51,9 @@ except ImportError as error:
 TICK_SECONDS = 0.05  # between two looks at the exchanges under way
 HIGH_PRIORITY = -1  # of a stream: its blocks come first wherever a multiprocessor has room
 NOT_READY = 600  # cudaErrorNotReady
-# As many blocks as NCCL has channels between two GPUs, 32 of them on NVLink, each as large as a multiprocessor.
-MULTIPROCESSORS = 32
+# As many blocks as NCCL has channels between two GPUs, 32 of them on NVLink, each as large as a multiprocessor. Other
+# GPUs than Hopper's have none to be left free: there a product's blocks come and go, and an exchange finds room.
+MULTIPROCESSORS = {"90": 32}
 
 
 @dataclass
@@ -76,8 +77,9 @@ class NcclCommunicator(WatchedCommunicator):
         self, control: Control, *, device_id: int | None = None, timeout: float = DEFAULT_TIMEOUT
     ) -> None:
         super().__init__(control, timeout)
-        self.multiprocessors = MULTIPROCESSORS if self.size > 1 else 0
         self.device_id = runtime.getDevice() if device_id is None else device_id
+        capability = cupy.cuda.Device(self.device_id).compute_capability
+        self.multiprocessors = MULTIPROCESSORS.get(capability, 0) if self.size > 1 else 0
         own = nccl.get_unique_id() if self.rank == 0 else b""
         unique_id = bytes.fromhex(self.gather(own.hex(), SET_UP)[0])
         with cupy.cuda.Device(self.device_id):

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from ffmoe_core.cuda.tiles import HOPPER, TURNS, Tiles, only
+from ffmoe_core.cuda.tiles import TURNS, Tiles, only
 from tests import reference
 from tests.core.checks import call_stage
 from tests.core.test_grouped_gemm import assert_rounded_once, whole_numbers
@@ -67,27 +67,27 @@ class Arrays:
 @case(gather=True, transpose_b=False)
 @case(gather=False, transpose_b=False)
 def grouped_gemm(inner, columns, gather, transpose_b):
-    with only(HOPPER - TURNS):
-        return product(inner, columns, gather, transpose_b)
+    return [
+        out
+        for tiles in (Tiles.CLUSTER, Tiles.PACED)
+        for out in product(tiles, inner, columns, gather, transpose_b)
+    ]
 
 
 # One step and many, fewer columns than a tile has, tiles that are full and that are not.
 @case([(40, 200), (136, 520), (392, 96), (1096, 192)], transpose_b=True)
 @case([(40, 200), (136, 520), (392, 96), (1096, 192)], transpose_b=False)
 def grouped_gemm_in_turns(inner, columns, transpose_b):
-    outs = []
-    for tiles in sorted(TURNS):
-        with only({tiles}):
-            outs += product(inner, columns, False, transpose_b)
-    return outs
+    return [out for tiles in sorted(TURNS) for out in product(tiles, inner, columns, False, transpose_b)]
 
 
-def product(inner, columns, gather, transpose_b):
+def product(tiles, inner, columns, gather, transpose_b):
     new = Arrays(gather)
     a, a_array = new.whole(*new.rows(inner, gather))
     b, b_array = new.whole(EXPERTS, *((columns, inner) if transpose_b else (inner, columns)))
     out = new.out(ROWS, columns)
-    call_stage(KIND, "grouped_gemm", a_array, b_array, new.offsets, new.picks, transpose_b, out)
+    with only({tiles}):
+        call_stage(KIND, "grouped_gemm", a_array, b_array, new.offsets, new.picks, transpose_b, out)
     want = rounded(reference.grouped_gemm(a, b, OFFSETS, new.index, transpose_b), DTYPE)
     assert numbers(KIND, out).tolist() == want.tolist()
     return [out]
