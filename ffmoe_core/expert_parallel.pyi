@@ -187,7 +187,11 @@ class ExpertParallel:
         """``(rows [N, H], z)``: each received token's weighted sum over its experts on this rank."""
 
     def combine(self, rows: Any, dispatched: Dispatched) -> Any:
-        """[T, W]: rows [N, W] back where their tokens came from, and summed by token."""
+        """[T, W]: rows [N, W] back where their tokens came from, and summed by token.
+
+        With losses of the group it also sums what they are made of over the ranks, and fills ``dispatched.losses`` and
+        ``dispatched.balance``.
+        """
 
     def combine_backward(self, grad_output: Any, dispatched: Dispatched) -> Any:
         """[N, W] from grad_output [T, W]."""
