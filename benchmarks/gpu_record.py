@@ -3,9 +3,10 @@
     python benchmarks/gpu_record.py [--results DIR] [STEP ...]
 
 Steps: every test that needs a GPU; over a small selection (tests/cuda/layers.py) compute-sanitizer's memcheck, and
-racecheck and initcheck without Hopper's kernels; host time; memory kept. After each step gpu_tests.json is written, so
-that a run that is cut short leaves what it had. Steps named alone are merged into a record of the same sources on the
-same device. Exits with 1 when a step that ran did not pass.
+racecheck and initcheck without Hopper's kernels; host time; memory kept. The last two measure, and run by themselves
+when the others, which run beside each other, are over. After each step gpu_tests.json is written, so that a run that is
+cut short leaves what it had. Steps named alone are merged into a record of the same sources on the same device. Exits
+with 1 when a step that ran did not pass.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 from record import RESULTS, ROOT, environment, sources_digest, write
 
 TAIL_LINES = 60
+POLL_SECONDS = 0.1
 Details = dict[str, Any]
 
 
@@ -37,6 +39,7 @@ class Step:
     command: list[str]
     timeout: float  # seconds
     details: Callable[[str], Details] = lambda log: {}
+    measures: bool = False  # so that nothing may run beside it
 
 
 def all_steps(results: Path, scratch: Path) -> dict[str, Step]:
@@ -58,7 +61,7 @@ def all_steps(results: Path, scratch: Path) -> dict[str, Step]:
         steps[tool] = Step(command, 300, sanitizer_summary)
     for name in ("host_time", "memory_kept"):
         out = results / f"{name}.json"
-        steps[name] = Step([python, f"benchmarks/{name}.py", "--out", str(out)], 300)
+        steps[name] = Step([python, f"benchmarks/{name}.py", "--out", str(out)], 300, measures=True)
     return steps
 
 
@@ -91,12 +94,15 @@ def sanitizer_summary(log: str) -> Details:
     return {"summary": "; ".join(lines)}
 
 
-def run(step: Step, log_path: Path) -> Details:
-    """Run one step to its end or its time limit; its record."""
-    start = time.monotonic()
-    with log_path.open("w") as log:
-        try:
-            process = subprocess.Popen(
+class Run:
+    """One step under way."""
+
+    def __init__(self, step: Step, log_path: Path) -> None:
+        self.step = step
+        self.log_path = log_path
+        self.start = time.monotonic()
+        with log_path.open("w") as log:
+            self.process = subprocess.Popen(
                 step.command,
                 cwd=ROOT,
                 env={**os.environ, "FFMOE_REQUIRE_GPU": "1"},
@@ -105,22 +111,48 @@ def run(step: Step, log_path: Path) -> Details:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        except OSError as error:
-            return {"ok": False, "seconds": 0.0, "log_tail": [str(error)]}
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, or has to be stopped."""
+        return self.process.poll() is not None or time.monotonic() > self.start + self.step.timeout
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def result(self) -> Details:
+        """Its record; it is stopped where it has not ended."""
+        code = self.process.poll()
+        self.stop()
+        text = self.log_path.read_text(errors="replace").replace(f"{ROOT}/", "")
+        seconds = round(time.monotonic() - self.start, 1)
+        result = {"ok": code == 0, "seconds": seconds, **self.step.details(text)}
+        if code != 0:
+            ended = f"stopped after {self.step.timeout:g} s" if code is None else f"exit status {code}"
+            result |= {"ended": ended, "log_tail": text.splitlines()[-TAIL_LINES:]}
+        return result
+
+
+def results(steps: dict[str, Step], chosen: list[str], scratch: Path) -> Iterator[tuple[str, Details]]:
+    """The chosen steps as they end: beside each other, and those that measure one by one when the others are over."""
+    together = [name for name in chosen if not steps[name].measures]
+    for names in (together, *([name] for name in chosen if steps[name].measures)):
+        runs: dict[str, Run] = {}
         try:
-            ended = f"exit status {process.wait(step.timeout)}"
-        except subprocess.TimeoutExpired:
-            ended = f"stopped after {step.timeout:g} s"
+            for name in names:
+                try:
+                    runs[name] = Run(steps[name], scratch / f"{name}.log")
+                except OSError as error:
+                    yield name, {"ok": False, "seconds": 0.0, "log_tail": [str(error)]}
+            while runs:
+                for name in [name for name, run in runs.items() if run.over]:
+                    yield name, runs.pop(name).result()
+                time.sleep(POLL_SECONDS)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    text = log_path.read_text(errors="replace").replace(f"{ROOT}/", "")
-    ok = process.returncode == 0
-    result = {"ok": ok, "seconds": round(time.monotonic() - start, 1), **step.details(text)}
-    if not ok:
-        result |= {"ended": ended, "log_tail": text.splitlines()[-TAIL_LINES:]}
-    return result
+            for run in runs.values():
+                run.stop()
 
 
 def brief(result: Details) -> str:
@@ -155,18 +187,17 @@ def main() -> int:
         if unknown:
             parser.error(f"unknown step {', '.join(unknown)}; known: {', '.join(steps)}")
         chosen = arguments.steps or list(steps)
+        done = previous(path, head) if arguments.steps else {}
         passed = True
-        for number, name in enumerate(chosen, 1):
-            print(f"[{number}/{len(chosen)}] {name} ...", end=" ", flush=True)
-            result = run(steps[name], Path(scratch) / f"{name}.log")
+        print(f"running {', '.join(chosen)} ...", flush=True)
+        for name, result in results(steps, chosen, Path(scratch)):
             passed = passed and result["ok"]
             print(
-                f"{'ok' if result['ok'] else 'FAILED'} in {result['seconds']} s  {brief(result)}", flush=True
+                f"{name}: {'ok' if result['ok'] else 'FAILED'} in {result['seconds']} s  {brief(result)}",
+                flush=True,
             )
             if not result["ok"]:
                 print("\n".join(f"    {line}" for line in result["log_tail"]), flush=True)
-            # read again, as other steps may have been run beside this one
-            done = previous(path, head) if arguments.steps or number > 1 else {}
             done[name] = result
             write(path, {**head, "steps": {key: done[key] for key in steps if key in done}})
     print(f"recorded in {path}")
