@@ -27,12 +27,14 @@
 #include "common/cp_async.cuh"
 #include "common/dynamic_shared.cuh"
 #include "common/epilogue.cuh"
+#include "common/longest_first.cuh"
 #include "common/mbarrier.cuh"
 #include "common/mma.cuh"
 #include "common/pace.cuh"
 #include "common/pieces.cuh"
 #include "common/ring.cuh"
 #include "common/roles.cuh"
+#include "common/tile_queue.cuh"
 #include "common/tma.cuh"
 #include "common/types.cuh"
 #include "common/warp.cuh"
@@ -64,7 +66,13 @@ constexpr int BUFFERS_OF_STAGE = STAGE_BYTES / CONSUMERS / BUFFER_BYTES, BUFFERS
 struct Shared {
     RingBarriers<STAGES> barriers;
     int rows[STAGES][DEPTH];  // of a matrix whose gathered rows are the contraction
+#if defined(WGRAD)
+    int tile[STAGES];  // that a stage is of
+    TileQueue queue;
+    LongestFirst groups;
+#else
     TileList tiles;
+#endif
 };
 constexpr int SHARED_AT = STAGES * STAGE_BYTES + CONSUMERS * BUFFER_BYTES;
 
@@ -673,23 +681,26 @@ __device__ __forceinline__ uint32 finish_gradient(
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm_wgrad(
     const X* a, const __grid_constant__ TensorMap a_map, const X* b, const __grid_constant__ TensorMap b_map,
     const __grid_constant__ TensorMap out_map, const int* offsets, const int* index, type_of<OUT_TYPE>* out,
-    int num_groups, int chunks, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale
+    int num_groups, int chunks, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale, int* drawn
 ) {
     const auto rows_of = [&](int group) -> Span {
-        const int begin = offsets[group * chunks];
-        return {begin, offsets[(group + 1) * chunks] - begin};
+        const int begin = same_in_warp(offsets[group * chunks]);
+        return {begin, same_in_warp(offsets[(group + 1) * chunks]) - begin};
     };
-    const auto find = [&](int at) -> Part {
-        const int group = at / (row_tiles * column_tiles);
+    const int group_tiles = row_tiles * column_tiles, tiles = num_groups * group_tiles;
+    if (threadIdx.x == 0) shared().queue.init();
+    shared().groups.fill(num_groups, [&](int group) { return offsets[(group + 1) * chunks] - offsets[group * chunks]; });
+    const auto group_of = [&](int tile) { return same_in_warp(shared().groups.group[tile / group_tiles]); };
+    const auto find = [&](int tile) -> Part {
+        const int group = group_of(tile);
         const int before = cluster_rank() * OWN;  // of the own operand
-        const Place place = place_in_panels(at - group * row_tiles * column_tiles, row_tiles, column_tiles);
+        const Place place = place_in_panels(tile % group_tiles, row_tiles, column_tiles);
         return {
             group, rows_of(group),
             SHARE_A ? place.row * SHARED : place.row * CLUSTER * OWN + before,
             SHARE_A ? place.column * CLUSTER * OWN + before : place.column * SHARED,
         };
     };
-    const int tiles = num_groups * row_tiles * column_tiles;
     const auto fetch_all = [&] {
         const X* own = SHARE_A ? b : a;
         const X* common = SHARE_A ? a : b;
@@ -697,39 +708,66 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         const TensorMap& common_map = SHARE_A ? a_map : b_map;
         const int own_columns = SHARE_A ? b_columns : a_columns;
         const int common_columns = SHARE_A ? a_columns : b_columns;
-        // Row numbers are looked up STAGES steps ahead, into the next tiles: a tile that began with its own would
-        // leave the stages empty.
+        // Tiles are drawn, and row numbers looked up, STAGES steps ahead: a tile that began with that would leave the
+        // stages empty.
+        TileDrawer drawer{drawn};
         Span ahead = {0, 0};
-        int ahead_tile = first_tile(), ahead_k = 0;
+        int ahead_n = 0, ahead_k = 0;
+        bool more = true;
         const auto look_ahead = [&](int stage) {
-            for (; ahead_k >= ahead.count && ahead_tile < tiles; ahead_k = 0, ahead_tile += tile_stride())
-                ahead = rows_of(ahead_tile / (row_tiles * column_tiles));
-            if (ahead_k < ahead.count) GatheredColumns::look_up(stage, index + ahead.begin, ahead_k, ahead.count);
-            commit_copies();
+            if (ahead_k >= ahead.count && more) {
+                if (threadIdx.x == 0) drawer.draw(shared().queue, ahead_n);
+                const int tile = shared().queue.read(ahead_n++);
+                more = tile < tiles;
+                ahead = more ? rows_of(group_of(tile)) : Span{0, 0};
+                ahead_k = 0;
+            }
+            if (GATHER) {
+                if (ahead_k < ahead.count) GatheredColumns::look_up(stage, index + ahead.begin, ahead_k, ahead.count);
+                commit_copies();
+            }
             ahead_k += DEPTH;
         };
-        if (GATHER)
-            for (int stage = 0; stage < STAGES; ++stage) look_ahead(stage);
+        for (int stage = 0; stage < STAGES; ++stage) look_ahead(stage);
         GatheredColumns gathered;
         Ring ring;
-        for (int at = first_tile(); at < tiles; at += tile_stride()) {
+        // The stage's turn, for a tile: so many bytes will come.
+        const auto begin_stage = [&](int tile, int bytes) {
+            wait(ring.empty(), ring.parity ^ 1);
+            if (threadIdx.x > 0) return;
+            shared().tile[ring.stage] = tile;
+            arrive_expecting(ring.full(), bytes);
+        };
+        const auto end_stage = [&] {
+            arrive_after_copies(ring.full());
+            look_ahead(ring.stage);
+            ring.advance();
+        };
+        for (int n = 0;; ++n) {
+            const int at = shared().queue.read(n);
+            if (at >= tiles) {
+                begin_stage(at, 0);
+                arrive_after_copies(ring.full());
+                break;
+            }
             const Part tile = find(at);
             const int own_first = SHARE_A ? tile.first_column : tile.first_row;
             const int common_first = SHARE_A ? tile.first_row : tile.first_column;
             if (GATHER) gathered.start(own, own_columns, own_first, tile.rows.count);
-            for (int k = 0; k < tile.rows.count; k += DEPTH, ring.advance()) {
+            if (tile.rows.count == 0) {
+                begin_stage(at, 0);
+                end_stage();
+            }
+            for (int k = 0; k < tile.rows.count; k += DEPTH) {
                 // The copy engine would go on into the next group's rows: a last step that is not full is the
                 // threads' affair.
                 const int left = tile.rows.count - k, row = tile.rows.begin + k;
                 const bool whole = left >= DEPTH;
-                wait(ring.empty(), ring.parity ^ 1);
-                if (threadIdx.x == 0) {
-                    arrive_expecting(ring.full(), whole ? SHARED_BYTES + (GATHER ? 0 : OWN_BYTES) : 0);
-                    if (whole) {
-                        const int first = common_first + cluster_rank() * PART;
-                        copy_to_all<PART, true>(ring.common_part(), common_map, first, row, 0, ring.full());
-                        if (!GATHER) copy_own<OWN, true>(ring.own(), own_map, own_first, row, 0, ring.full());
-                    }
+                begin_stage(at, whole ? SHARED_BYTES + (GATHER ? 0 : OWN_BYTES) : 0);
+                if (whole && threadIdx.x == 0) {
+                    const int first = common_first + cluster_rank() * PART;
+                    copy_to_all<PART, true>(ring.common_part(), common_map, first, row, 0, ring.full());
+                    if (!GATHER) copy_own<OWN, true>(ring.own(), own_map, own_first, row, 0, ring.full());
                 }
                 if (GATHER) gathered.copy(ring);
                 if (!whole) {
@@ -742,20 +780,23 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                             ring.own(), own + first * own_columns, own_columns, own_first, left
                         );
                 }
-                arrive_after_copies(ring.full());
-                if (GATHER) look_ahead(ring.stage);
+                end_stage();
             }
         }
     };
     const auto multiply_all = [&] {
         Ring ring;
         uint32 held = 0;
-        for (int at = first_tile(); at < tiles; at += tile_stride()) {
+        for (;;) {
+            wait(ring.full(), ring.parity);
+            const int at = same_in_warp(shared().tile[ring.stage]);
+            if (at >= tiles) break;
             const Part tile = find(at);
             const int steps = (tile.rows.count + DEPTH - 1) / DEPTH;
             const int rows = a_columns - tile.first_row, columns = b_columns - tile.first_column;
             auto* to = out + (int64(tile.group) * a_columns + tile.first_row) * b_columns + tile.first_column;
             if (steps == 0) {
+                pass_tile(ring, 1, held);
                 if (!ACCUMULATE) clear_tile(to, rows, columns, b_columns);
             } else if (block_row(0) >= rows) {
                 pass_tile(ring, steps, held);

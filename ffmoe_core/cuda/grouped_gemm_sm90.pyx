@@ -117,18 +117,21 @@ cdef uintptr_t address(Array array) noexcept:
     return <uintptr_t>array.data if array is not None else 0
 
 
-cdef Array counter_for_pace(Space space, bint paced):
-    """What blocks keep pace with (kernels/common/pace.cuh), or None."""
-    return space.empty((1,), INT32) if paced else None
+cdef Array counter_for(Space space, bint wanted):
+    """What blocks count in while they run, or None; ``launch`` sets it to zero."""
+    return space.empty((1,), INT32) if wanted else None
+
+
+cdef int cluster_count(Space space) except -1:
+    """A block stays until its tiles are done: one that finds no place at first would begin when the others end."""
+    return max((multiprocessor_count(space.device_id) - space.spared) // CLUSTER, 1)
 
 
 cdef int launch(
     Space space, str entry, tuple defines, void** params, uintptr_t counter, str file=FILE,
     unsigned int shared_bytes=SHARED_BYTES,
 ) except -1:
-    # A block stays until its tiles are done: one that finds no place at first would begin when the others end.
-    cdef int free = max(multiprocessor_count(space.device_id) - space.spared, CLUSTER)
-    cdef unsigned int blocks = free // CLUSTER * CLUSTER
+    cdef unsigned int blocks = cluster_count(space) * CLUSTER
     return kernel(file, entry, defines, space.device_id, shared_bytes).launch(
         blocks, 1, 1, THREADS, shared_bytes, space.stream, params, counter
     )
@@ -149,7 +152,7 @@ cdef int grouped_gemm(
     map_matrices(&a_map, a, 1, a.dims[0], depth, OWN)
     map_matrices(&out_map, out, 1, num_rows, columns, STORED)
     map_matrices(&b_map, b, num_groups, b.dims[1], b.dims[2], SHARED // 2 if transpose_b else DEPTH)
-    cdef Array counter = counter_for_pace(space, paced)
+    cdef Array counter = counter_for(space, paced)
     cdef uintptr_t due = address(counter)
     cdef Parameter[15] params = [
         &a.data, a_map.at, b_map.at, out_map.at, &expert_offsets.data, &index, &out.data,
@@ -171,7 +174,7 @@ cdef int grouped_gemm_in_turns(
     map_matrices(
         &b_map, b, num_groups, b.dims[1], b.dims[2], (TURNS_COLUMNS if transpose_b else DEPTH) // CLUSTER
     )
-    cdef Array counter = counter_for_pace(space, paced)
+    cdef Array counter = counter_for(space, paced)
     cdef uintptr_t due = address(counter)
     cdef Parameter[13] params = [
         a_map.at, b_map.at, out_map.at, &expert_offsets.data, &out.data,
@@ -196,12 +199,16 @@ cdef int grouped_gemm_wgrad(
     out_map.at = a_map.at  # float32 and sums are not stored by the copy engine
     if out.dtype == a.dtype and not accumulate:
         map_matrices(&out_map, out, num_groups, a_columns, b_columns, STORED)
-    cdef Parameter[15] params = [
+    # what clusters draw their tiles from, if one has a second
+    cdef int64_t tiles = <int64_t>num_groups * row_tiles * column_tiles
+    cdef Array counter = counter_for(space, tiles > cluster_count(space))
+    cdef uintptr_t drawn = address(counter)
+    cdef Parameter[16] params = [
         &a.data, a_map.at, &b.data, b_map.at, out_map.at, &expert_offsets.data, &index, &out.data,
-        &num_groups, &chunks, &a_columns, &b_columns, &row_tiles, &column_tiles, &scale,
+        &num_groups, &chunks, &a_columns, &b_columns, &row_tiles, &column_tiles, &scale, &drawn,
     ]
     return launch(
-        space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params, 0
+        space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params, drawn
     )
 
 
@@ -220,7 +227,7 @@ cdef int grouped_glu(
     z_map.at = a_map.at
     if z is not None:
         map_halves(&z_map, z, num_rows, intermediate, STORED)
-    cdef Array counter = counter_for_pace(space, paced)
+    cdef Array counter = counter_for(space, paced)
     cdef uintptr_t due = address(counter)
     cdef Parameter[17] params = [
         &x.data, x_map.at, w_map.at, z_map.at, a_map.at, &expert_offsets.data, &index, &kept, &a.data,
@@ -244,7 +251,7 @@ cdef int grouped_glu_backward(
     map_halves(&z_map, z, num_rows, intermediate, OWN)
     map_halves(&dz_map, dz, num_rows, intermediate, STORED)
     map_matrices(&pa_map, pa, 1, num_rows, intermediate, STORED)
-    cdef Array counter = counter_for_pace(space, paced)
+    cdef Array counter = counter_for(space, paced)
     cdef uintptr_t due = address(counter)
     cdef Parameter[20] params = [
         &dout.data, dout_map.at, w_map.at, z_map.at, dz_map.at, pa_map.at, &expert_offsets.data, &index,

@@ -35,6 +35,18 @@ __device__ __forceinline__ void arrive_after_copies(uint32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// A word to the same place in a block of the cluster, whose barrier counts its 4 bytes.
+__device__ __forceinline__ void send(uint32 block, uint32 to, int word, uint32 barrier) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there, counting;\n"
+        "mapa.shared::cluster.u32 there, %0, %2;\n"
+        "mapa.shared::cluster.u32 counting, %3, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [counting];\n"
+        "}\n" ::"r"(to), "r"(word), "r"(block), "r"(barrier) : "memory"
+    );
+}
+
 __device__ __forceinline__ void wait(uint32 barrier, uint32 parity) {
     asm volatile(
         "{\n"

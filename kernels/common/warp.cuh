@@ -11,6 +11,9 @@ __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
 
 __device__ __forceinline__ uint32 lower_lanes() { return (1u << (threadIdx.x & 31)) - 1; }
 
+// A number that all lanes have anyway: then the compiler knows it, too, and keeps it once for the warp.
+__device__ __forceinline__ int same_in_warp(int x) { return __shfl_sync(ALL_LANES, x, 0); }
+
 // Over each `lanes` lanes, a power of two. The same bits in all of them: x + y and y + x are equal.
 template <class A> __device__ __forceinline__ A warp_sum(A x, int lanes = 32) {
 #pragma unroll

@@ -112,6 +112,25 @@ def grouped_gemm_wgrad(left, right, gather, accumulate):
     return [out]
 
 
+@case([(392, 264)])
+def tiles_without_rows(left, right):
+    """More of them than a cluster's numbers of tiles have room for, before, between and behind tiles with rows."""
+    sizes = [0] * 60
+    sizes[3], sizes[31], sizes[32] = 1, 200, 65
+    new, offsets = Arrays(gather=True), np.cumsum([0, *sizes])
+    index = new.rng.integers(0, TOKENS, offsets[-1])
+    a, a_array = new.whole(offsets[-1], left)
+    b, b_array = new.whole(TOKENS, right)
+    out = new.out(len(sizes), left, right)
+    call_stage(
+        KIND, "grouped_gemm_wgrad", a_array, b_array, KIND.array(offsets, "int32"), None,
+        KIND.array(index, "int32"), out, False, 1.0,
+    )  # fmt: skip
+    want = rounded(reference.grouped_gemm_wgrad(a, b, offsets, None, index), DTYPE)
+    assert numbers(KIND, out).tolist() == want.tolist()
+    return [out]
+
+
 @case(gather=True)
 @case(gather=False)
 def grouped_glu(hidden, width, gather):

@@ -44,6 +44,20 @@ BROKEN = {
         ("products", "grouped_gemm_wgrad, gather=left, accumulate=False"),
         "AssertionError",
     ),
+    "numbers of tiles that are overwritten before they are read": (
+        "common/tile_queue.cuh",
+        "    static constexpr int SLOTS = 16;\n",
+        "    static constexpr int SLOTS = 4;\n",
+        ("products", "tiles_without_rows"),
+        ("AssertionError", "nothing happens any more", "more arrivals than it waits for"),  # as the schedule has it
+    ),
+    "tiles that are not told": (
+        "grouped_gemm_sm90.cu",
+        "            shared().tile[ring.stage] = tile;\n",
+        "            if (tile % 2 == 0) shared().tile[ring.stage] = tile;\n",
+        ("products", "tiles_without_rows"),
+        ("AssertionError", "nothing happens any more", "more arrivals than it waits for"),
+    ),
     "one arrival too many": (
         "common/ring.cuh",
         "    if (lane() < CLUSTER) arrive(empty, lane());\n",

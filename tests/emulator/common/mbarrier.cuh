@@ -21,6 +21,18 @@ inline void arrive_after_copies(uint32 barrier) {
     );
 }
 
+inline void send(uint32 block, uint32 to, int word, uint32 barrier) {
+    machine::Block& there = machine::block_of_cluster(block);
+    unsigned char* place = there.shared + to;
+    machine::Barrier* arrival = &there.barrier(barrier);
+    memset(place, 0xff, sizeof word);
+    machine::loads.push_back([=] {
+        memcpy(place, &word, sizeof word);
+        arrival->bytes -= sizeof word;
+        arrival->update();
+    });
+}
+
 // As the hardware's, a wait that comes a phase too late sees that of a later phase.
 inline void wait(uint32 barrier, uint32 parity) {
     const machine::Barrier& waited = machine::block().barrier(barrier);
