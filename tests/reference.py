@@ -276,7 +276,7 @@ def dense_glu(x, w_up, w_down, d_out, activation):
     """A GLU block that every token visits, and the gradients of <d_out, output>, as a namespace."""
     T, width = len(x), len(w_up) // 2
     z, a, output = np.zeros((T, 2 * width)), np.zeros((T, width)), np.zeros(x.shape)
-    dz, dx, dw_up, dw_down = np.zeros(z.shape), np.zeros(x.shape), np.zeros(w_up.shape), np.zeros(w_down.shape)
+    dz, dx, dw_up, dw_down = (np.zeros(like.shape) for like in (z, x, w_up, w_down))
     for t in range(T):
         z[t] = w_up @ x[t]
         act, slope = activate(activation, z[t, :width])
