@@ -72,7 +72,7 @@ class _Up(torch.autograd.Function):
         x, w_up = ctx.saved_tensors
         x_grad, weight_grad, *_ = ctx.needs_input_grad
         function = partial(glu_up_backward, x_grad=x_grad, weight_grad=weight_grad, spared=ctx.spared)
-        return *_gradients(function, dz.contiguous(), x, w_up), None, None
+        return *_gradients(function, dz, x, w_up), None, None
 
 
 class _Down(torch.autograd.Function):
