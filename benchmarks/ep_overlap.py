@@ -47,14 +47,14 @@ import ranks
 import record
 import timeline
 from arguments import Shape, chosen_shape, positive
-from ffmoe_core.arrays import Array, Space, as_array
+from ffmoe_core.arrays import Array, DeviceType, Space, as_array
 from ffmoe_core.backend import STAGES, backend_for
 from ffmoe_core.comm import Communicator, Step
 from ffmoe_core.comm.base import DEFAULT_TIMEOUT
 from ffmoe_core.comm.communicator import Parts, Transfer
-from ffmoe_torch import MoELayer
+from ffmoe_torch import MoELayer, dense_glu
 from ffmoe_torch.communicator import communicator_for
-from ffmoe_torch.shared_expert import SharedExpert
+from ffmoe_torch.shared_expert import SharedExpert, Start
 from timeline import EXCHANGES, LAYER, MARK, Span
 
 SHAPE = "8192,4096,1024,128,8"
@@ -78,6 +78,7 @@ KIND_OF = {
     "grouped_glu": "grouped products",
     "grouped_glu_backward": "grouped products",
 }  # every other stage is "rest"
+SHARED_PARTS = ("glu_up", "glu_down", "glu_down_backward", "glu_up_backward")
 LABELS = {"grouped_gemm_wgrad": "weight gradient"}
 
 
@@ -98,6 +99,8 @@ class Started:
 
 class Marks:
     """What is told of the work that starts: nothing."""
+
+    telling = False  # of something right now, whose parts are not told of
 
     def stage(self, kind: str, name: str) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -183,9 +186,9 @@ class Switched:
         return started
 
 
-def not_beside(expert: SharedExpert, x: Tensor) -> Callable[[], Callable[[], Tensor]]:
+def not_beside(expert: SharedExpert, x: Tensor) -> Start:
     """In the place of the layer's ``beside``: computed where it is needed, on the layer's stream."""
-    return lambda: lambda: expert(x)
+    return lambda _spared: lambda: lambda: expert(x)
 
 
 @contextlib.contextmanager
@@ -252,16 +255,27 @@ class Contenders:
             for name in STAGES:
                 told = staticmethod(telling(marks, KIND_OF.get(name, "rest"), name, getattr(backend, name)))
                 stack.enter_context(mock.patch.object(backend, name, told))
-            for expert in self.shared:
-                for hook in hooks(marks, expert):
-                    stack.callback(hook.remove)
+            # On GPUs it is the runtime's, in parts, but for a module with hooks; on CPUs torch's operations.
+            for name in SHARED_PARTS:
+                part = telling(marks, "shared expert", "shared expert", getattr(dense_glu, name))
+                stack.enter_context(mock.patch.object(dense_glu, name, part))
+            if self.space.device_type == DeviceType.CPU:
+                for expert in self.shared:
+                    for hook in hooks(marks, expert):
+                        stack.callback(hook.remove)
             yield
 
 
-def telling(marks: Marks, kind: str, name: str, function: Callable[..., None]) -> Callable[..., None]:
-    def told(*arguments: Any) -> None:
-        with marks.stage(kind, LABELS.get(name, name).replace("_", " ")):
-            function(*arguments)
+def telling(marks: Marks, kind: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def told(*arguments: Any, **options: Any) -> Any:
+        if marks.telling:
+            return function(*arguments, **options)
+        marks.telling = True
+        try:
+            with marks.stage(kind, LABELS.get(name, name).replace("_", " ")):
+                return function(*arguments, **options)
+        finally:
+            marks.telling = False
 
     return told
 

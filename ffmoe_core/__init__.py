@@ -7,6 +7,7 @@ where they live, on the caller's stream, and answers in the caller's own kind.
 from .config import MoEConfig
 from .cpu.threads import get_num_threads, set_num_threads
 from .expert_parallel import ExpertParallel, expert_range
+from .glu import glu_down, glu_down_backward, glu_up, glu_up_backward
 from .moe import MoEGrads, MoEResult, MoESaved, moe_backward, moe_forward
 from .plan import RoutingLayout, RoutingPlan, routing_layout, unpack_routing
 from .stages import Routing, combine, grouped_gemm, grouped_gemm_wgrad, make_plan, permute, route
@@ -23,6 +24,10 @@ __all__ = [
     "combine",
     "expert_range",
     "get_num_threads",
+    "glu_down",
+    "glu_down_backward",
+    "glu_up",
+    "glu_up_backward",
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "make_plan",

@@ -21,6 +21,14 @@ cdef enum:
 cpdef int itemsize(int dtype) except -1
 
 
+cdef inline int64_t padded(int64_t nbytes) noexcept:
+    """Room for ``nbytes`` in an allocation that several arrays share, as an allocation costs host time.
+
+    What follows is as aligned as the allocation itself.
+    """
+    return (nbytes + 255) // 256 * 256
+
+
 cdef class Array:
     """A C-contiguous array of any framework, seen as pointer, shape, dtype and device."""
 

@@ -29,6 +29,8 @@ class Backend(Protocol):
     sort: Stage
     permute: Stage
     combine: Stage
+    # one number everywhere: int32, float32 or float64
+    fill: Stage
     # experts on many ranks
     dispatch_ranks: Stage
     dispatch_slots: Stage

@@ -15,7 +15,7 @@ import numpy as np
 
 from libc.stdint cimport int64_t
 
-from .arrays cimport UINT8, Array, Space, itemsize, space_of, view
+from .arrays cimport UINT8, Array, Space, itemsize, padded, space_of, view
 from .checks cimport (
     bias_of,
     check_device,
@@ -89,14 +89,6 @@ def packed_layout(num_tokens, top_k, num_experts, dtype):
     layout = routing_layout(num_tokens, top_k, num_experts, DTYPE_NAMES[dtype])
     fields = [layout.fields[name] for name in (*RoutingPlan._fields, "tokens_per_expert")]
     return layout.nbytes, tuple([(f.offset, f.shape, DTYPE_NAMES.index(f.dtype)) for f in fields])
-
-
-cdef int64_t _padded(int64_t nbytes) noexcept:
-    """Room for ``nbytes`` in an allocation that several arrays share, as an allocation costs host time.
-
-    What follows is as aligned as the allocation itself.
-    """
-    return (nbytes + 255) // 256 * 256
 
 
 cdef class _Inputs:
@@ -184,8 +176,8 @@ def moe_forward(
     backend = backend_for(space)
 
     cdef int W = inputs.router_dtype
-    cdef int64_t y_at = _padded(R * I * itemsize(dtype))
-    cdef int64_t logits_at = y_at + _padded(R * H * itemsize(dtype))
+    cdef int64_t y_at = padded(R * I * itemsize(dtype))
+    cdef int64_t logits_at = y_at + padded(R * H * itemsize(dtype))
     cdef bint keep_logits = save_for_backward and config.keeps_logits
     cdef int64_t end = logits_at if keep_logits else logits_at + T * E * itemsize(W)
     cdef Array scratch = space.empty((end,), UINT8)
@@ -270,8 +262,8 @@ def moe_backward(
     backend = backend_for(space)
 
     # pa and then dx_rows stand in the same place
-    cdef int64_t dp_at = _padded(R * max(I, H) * itemsize(dtype))
-    cdef int64_t d_logits_at = dp_at + _padded(R * itemsize(W))
+    cdef int64_t dp_at = padded(R * max(I, H) * itemsize(dtype))
+    cdef int64_t d_logits_at = dp_at + padded(R * itemsize(W))
     cdef Array scratch = space.empty((d_logits_at + T * E * itemsize(W),), UINT8)
     cdef Array pa = scratch.at(0, (R, I), dtype), dx_rows = scratch.at(0, (R, H), dtype)
     cdef Array dp = scratch.at(dp_at, (R,), W), d_logits = scratch.at(d_logits_at, (T, E), W)

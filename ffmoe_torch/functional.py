@@ -291,6 +291,13 @@ def _no_forward_mode() -> UnsupportedError:
     return UnsupportedError("ffmoe has no forward-mode derivative; use reverse mode (backward)")
 
 
+def no_second_derivative() -> UnsupportedError:
+    return UnsupportedError(
+        "ffmoe has no second derivative: this backward pass goes through the gradient of a MoE layer "
+        "(create_graph=True, a gradient penalty or a Hessian)"
+    )
+
+
 def _main_grad_unsupported() -> UnsupportedError:
     return UnsupportedError(
         "main_grad=True works in plain eager calls only: not under torch.compile, autocast, torch.func or a "
@@ -574,10 +581,7 @@ class _MoEBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise UnsupportedError(
-            "ffmoe has no second derivative: this backward pass goes through the gradient of a MoE layer "
-            "(create_graph=True, a gradient penalty or a Hessian)"
-        )
+        raise no_second_derivative()
 
 
 def _differentiable(
@@ -609,6 +613,15 @@ def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
+
+
+def autocast_all(*tensors: Any) -> tuple[Any, ...]:
+    """Cast to autocast's dtype, where it is on."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(autocast(tensor, dtype) for tensor in tensors)
 
 
 def _autocasting(device_type: str) -> Callable[..., Outputs]:

@@ -244,7 +244,7 @@ class MoELayer(nn.Module):
         buffers = self._buffers
         gate_weight = _parameter(self._modules["gate"], "weight")
         if self._sharded is None:
-            shared = None if start_shared is None else start_shared()
+            shared = None if start_shared is None else start_shared(0)()
             routed = self._through_latent(tokens)
             if router_input is None and routed is not tokens:
                 router_input = tokens

@@ -19,7 +19,7 @@ from ffmoe_core.comm import Communicator, Step
 from ffmoe_core.errors import CommError, ConfigError
 from ffmoe_core.expert_parallel import Dispatched, Sizes, Underway
 
-from .functional import autocast, refuse_functorch, refuse_tangents
+from .functional import autocast_all, refuse_functorch, refuse_tangents
 
 GRAD_REDUCTIONS = ("mean", "sum")
 
@@ -37,7 +37,7 @@ class ShardedOutput(NamedTuple):
     losses: Tensor  # [3]
     routing: Tensor  # uint8 [n], of this rank's tokens
     balance: Tensor  # uint8 [n], whose end is that of ``routing``, over the tokens that the losses are of
-    started: Any  # what start_beside() returned
+    beside: Any  # what finish() returned, or None
 
 
 class ShardedExperts:
@@ -83,19 +83,20 @@ class ShardedExperts:
         proj_down: nn.Module | None,
         proj_up: nn.Module | None,
         weight_sums: Mapping[str, Tensor],
-        start_beside: Callable[[], Any] | None,
+        start_beside: Callable[[int], Callable[[], Any]] | None,
     ) -> ShardedOutput:
         """The routed experts' output for tokens [T, H]. With projections, what crosses is as narrow as they are.
 
-        ``weight_sums`` as for ``routed_experts``. ``start_beside()`` launches what can run while tokens cross, and is
-        called when they are on their way.
+        ``weight_sums`` as for ``routed_experts``. ``finish = start_beside(spared)`` is called when the tokens are on
+        their way, and launches what can run until they are there; ``finish()`` does so before the rows go home. Both
+        leave that many multiprocessors to the exchange.
         """
         wire = tokens
         self.telling(_refuse_transforms, tokens, router_input, gate_weight, w_up, w_down)
         if proj_down is not None:
             wire = self.telling(proj_down, tokens)
             router_input = tokens if router_input is None else router_input
-        wire, router_input, gate_weight, w_up, w_down = _autocast(
+        wire, router_input, gate_weight, w_up, w_down = autocast_all(
             wire, router_input, gate_weight, w_up, w_down
         )
         call = _Call(self, weight_sums, start_beside)
@@ -103,16 +104,18 @@ class ShardedExperts:
             call, wire, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask
         )
         if proj_up is not None:
-            (received,) = _autocast(self.telling(proj_up, received))
+            (received,) = autocast_all(self.telling(proj_up, received))
         rows = _Experts.apply(call, received, weights, w_up.detach(), w_down.detach(), received.requires_grad)
         if proj_down is not None:
-            (rows,) = _autocast(self.telling(proj_down, rows))
+            (rows,) = autocast_all(self.telling(proj_down, rows))
+        # Ahead of combine, which backward so comes to first: it starts an exchange there, beside which this runs.
+        beside = self.telling(call.finish_beside)
         output = _Combine.apply(call, rows)
-        dispatched, started = call.take()
+        dispatched = call.take()
         if proj_up is not None:
             output = self.telling(proj_up, output)
         balance = dispatched.routing if dispatched.balance is None else dispatched.balance.view(torch.uint8)
-        return ShardedOutput(output, losses, dispatched.routing, balance, started)
+        return ShardedOutput(output, losses, dispatched.routing, balance, beside)
 
     def gather(self, **weights: Tensor) -> dict[str, Tensor]:
         """Every rank's experts of each [experts, ...] tensor, on the CPU; one expert crosses at a time."""
@@ -153,15 +156,6 @@ def _refuse_transforms(*tensors: Tensor | None) -> None:
     refuse_tangents(tensors)
 
 
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast to autocast's dtype, where it is on."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(autocast(tensor, dtype) for tensor in tensors)
-
-
 class _Call:
     """What the functions of one forward call hand to each other, and so do their gradients."""
 
@@ -169,10 +163,10 @@ class _Call:
         self,
         sharded: ShardedExperts,
         weight_sums: Mapping[str, Tensor],
-        start_beside: Callable[[], Any] | None,
+        start_beside: Callable[[int], Callable[[], Any]] | None,
     ) -> None:
         self._start_beside = start_beside
-        self._started: Any = None  # what it returned
+        self._finish_beside: Callable[[], Any] | None = None  # what it returned
         self._stopped: _StopRecomputationError | None = None  # or raised
         self._records = torch.is_grad_enabled()
         self.weight_scale = sharded.weight_scale
@@ -190,7 +184,7 @@ class _Call:
         if start is not None:
             try:
                 with torch.set_grad_enabled(self._records):
-                    self._started = start()
+                    self._finish_beside = start(self.expert_parallel.comm.multiprocessors)
             except _StopRecomputationError as stop:  # no failure, and the dispatch is under way
                 self._stopped = stop
 
@@ -198,6 +192,11 @@ class _Call:
         """What ended a recomputation while the tokens were on their way ends it now."""
         if self._stopped is not None:
             raise self._stopped
+
+    def finish_beside(self) -> Any:
+        """Launches what runs beside the combine."""
+        finish, self._finish_beside = self._finish_beside, None
+        return None if finish is None else finish()
 
     def start_backward(self) -> None:
         """With chunks the functions' gradients hand each other what they have started."""
@@ -211,14 +210,11 @@ class _Call:
             underway = None
         return Dispatched(**_NOTHING | parts | {"sizes": self.sizes, "underway": underway})
 
-    def take(self) -> tuple[Dispatched, Any]:
-        """What was dispatched, and what start_beside() returned: backward has what it needs in autograd's keeping,
-        which knows when to let go.
-        """
+    def take(self) -> Dispatched:
+        """What was dispatched: backward has what it needs in autograd's keeping, which knows when to let go."""
         dispatched, self.dispatched = self.dispatched, None
-        started, self._started = self._started, None
         assert dispatched is not None
-        return dispatched, started
+        return dispatched
 
 
 class _Dispatch(torch.autograd.Function):

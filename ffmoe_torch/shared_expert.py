@@ -7,6 +7,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .dense_glu import serves, start_glu
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -20,6 +23,8 @@ class SharedExpert(nn.Module):
 
     ``w_up`` is [2J, H], gate rows first, and ``w_down`` [H, J], where J is the width of all shared experts
     side by side: S experts of width I are one of width S*I.
+
+    In 16 bits on a GPU its products are the runtime's, which are fewer and keep less for backward; elsewhere torch's.
     """
 
     def __init__(
@@ -43,42 +48,85 @@ class SharedExpert(nn.Module):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.start(x)()
+
+    def start(self, x: Tensor, spared: int = 0) -> Callable[[], Tensor]:
+        """Launches the up-projection; what it returns launches the rest, and gives the output.
+
+        ``spared``: multiprocessors that products of the runtime leave to an exchange.
+        """
+        if serves(x, self.w_up, self.w_down):
+            return start_glu(x, self.w_up, self.w_down, self.activation, spared)
         gate, up = F.linear(x, self.w_up).chunk(2, dim=-1)
-        return F.linear(_ACTIVATIONS[self.activation](gate) * up, self.w_down)
+        a = _ACTIVATIONS[self.activation](gate) * up
+        return lambda: F.linear(a, self.w_down)
 
     def extra_repr(self) -> str:
         d_model, intermediate = self.w_down.shape
         return f"d_model={d_model}, intermediate={intermediate}, activation={self.activation!r}"
 
 
-def beside(expert: SharedExpert, x: Tensor) -> Callable[[], Callable[[], Tensor]]:
-    """``start = beside(expert, x)``, ``join = start()``, ``output = join()``.
+Join = Callable[[], Tensor]
+Finish = Callable[[], Join]
+Start = Callable[[int], Finish]
 
-    On a GPU the expert runs on a side stream, beside all that comes between the last two calls. It waits for what
-    was launched before the first one, where x is there, and not for what was launched before the second: an
-    exchange, for example. On a CPU, and in a compiled graph, which orders its work itself, it is computed by the
-    last.
+
+def beside(expert: nn.Module, x: Tensor) -> Start:
+    """``start = beside(expert, x)``, ``finish = start(spared)``, ``join = finish()``, ``output = join()``.
+
+    On a GPU the expert runs on a side stream, beside what the caller launches meanwhile. ``start`` launches its
+    up-projection, which waits for what was launched before ``beside`` was called, where x is there, and not for what
+    came since, such as an exchange. ``finish`` launches the rest, which waits for all that was launched before. Both
+    leave ``spared`` multiprocessors free. On a CPU, and in a compiled graph, which orders its work itself, ``join``
+    computes all of it.
     """
     if not x.is_cuda or torch.compiler.is_compiling():
-        return lambda: lambda: expert(x)
+        return lambda spared: lambda: lambda: expert(x)
     current, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
     ready = current.record_event()
 
-    def start() -> Callable[[], Tensor]:
+    def start(spared: int) -> Finish:
         side.wait_event(ready)
         # Backward reads x on the side stream and may be the last to do so.
         x.record_stream(side)
         with torch.cuda.stream(side):
-            output = expert(x)
+            launch_rest = _start(expert, x, spared)
 
-        def join() -> Tensor:
-            current.wait_stream(side)
-            output.record_stream(current)
-            return output
+        def finish() -> Join:
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                output = launch_rest()
 
-        return join
+            def join() -> Tensor:
+                current.wait_stream(side)
+                output.record_stream(current)
+                return output
+
+            return join
+
+        return finish
 
     return start
+
+
+def _start(expert: nn.Module, x: Tensor, spared: int) -> Callable[[], Tensor]:
+    """``expert.start(x, spared)``, but the whole of a module whose call somebody is to see."""
+    if isinstance(expert, SharedExpert) and not _watched(expert):
+        return expert.start(x, spared)
+    output: Tensor = expert(x)
+    return lambda: output
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether a call of the module is more than one of its ``forward``."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or module._compiled_call_impl is not None
+        or _has_any_global_hook()
+    )
 
 
 @cache

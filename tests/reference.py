@@ -272,6 +272,25 @@ def grouped_glu_backward(d_out, w_down, expert_offsets, row_index, row_weights, 
     return dz, pa, dp
 
 
+def dense_glu(x, w_up, w_down, d_out, activation):
+    """A GLU block that every token visits, and the gradients of <d_out, output>, as a namespace."""
+    T, width = len(x), len(w_up) // 2
+    z, a, output = np.zeros((T, 2 * width)), np.zeros((T, width)), np.zeros(x.shape)
+    dz, dx, dw_up, dw_down = (np.zeros(like.shape) for like in (z, x, w_up, w_down))
+    for t in range(T):
+        z[t] = w_up @ x[t]
+        act, slope = activate(activation, z[t, :width])
+        up = z[t, width:]
+        a[t] = act * up
+        output[t] = w_down @ a[t]
+        da = w_down.T @ d_out[t]
+        dz[t] = np.concatenate([da * up * slope, da * act])
+        dx[t] = w_up.T @ dz[t]
+        dw_down += np.outer(d_out[t], a[t])
+        dw_up += np.outer(dz[t], x[t])
+    return SimpleNamespace(z=z, a=a, output=output, dz=dz, dw_down=dw_down, dx=dx, dw_up=dw_up)
+
+
 # --- the layer ---
 
 

@@ -1,6 +1,7 @@
 """CpuBackend: the stages of a layer on the CPU."""
 
 from .dispatch import dispatch_ranks, dispatch_slots
+from .fill import fill
 from .grouped_gemm import grouped_gemm, grouped_gemm_wgrad, grouped_glu, grouped_glu_backward
 from .permute import combine, permute, sort
 from .routing import gate_backward, gate_logits, route, route_and_sort, route_backward, router_losses
@@ -21,6 +22,8 @@ class CpuBackend:
     sort = staticmethod(sort)
     permute = staticmethod(permute)
     combine = staticmethod(combine)
+
+    fill = staticmethod(fill)
 
     dispatch_ranks = staticmethod(dispatch_ranks)
     dispatch_slots = staticmethod(dispatch_slots)

@@ -22,6 +22,9 @@ cdef class Kernel:
 
 
 cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned int dynamic_smem)
+cdef int set_words(
+    int device_id, uintptr_t to, const unsigned int* words, int words_each, size_t count, uintptr_t stream
+) except -1
 cdef int multiprocessor_count(int device_id) except -1
 cdef int compute_capability(int device_id) except -1
 cdef int ensure_context(int device_id) except -1

@@ -18,6 +18,9 @@ ctypedef int (*LaunchKernel)(
     unsigned int smem, void* stream, void** params, void** extra,
 ) noexcept nogil
 ctypedef int (*SetMemory)(uintptr_t to, unsigned int value, size_t count, void* stream) noexcept nogil
+ctypedef int (*SetMemory2D)(
+    uintptr_t to, size_t pitch, unsigned int value, size_t width, size_t height, void* stream
+) noexcept nogil
 ctypedef int (*GetContext)(void** context) noexcept nogil
 ctypedef int (*SetContext)(void* context) noexcept nogil
 ctypedef int (*GetErrorName)(int error, const char** name) noexcept nogil
@@ -28,6 +31,7 @@ cdef class _Driver:
 
     cdef LaunchKernel launch
     cdef SetMemory set_memory
+    cdef SetMemory2D set_memory_2d
     cdef GetContext get_context
     cdef SetContext set_context
     cdef GetErrorName error_name
@@ -36,6 +40,7 @@ cdef class _Driver:
         library = ctypes.CDLL("libcuda.so.1")
         self.launch = <LaunchKernel><uintptr_t>_address(library.cuLaunchKernel)
         self.set_memory = <SetMemory><uintptr_t>_address(library.cuMemsetD32Async)
+        self.set_memory_2d = <SetMemory2D><uintptr_t>_address(library.cuMemsetD2D32Async)
         self.get_context = <GetContext><uintptr_t>_address(library.cuCtxGetCurrent)
         self.set_context = <SetContext><uintptr_t>_address(library.cuCtxSetCurrent)
         self.error_name = <GetErrorName><uintptr_t>_address(library.cuGetErrorName)
@@ -47,6 +52,7 @@ def _address(function):
 
 cdef _Driver driver = None
 cdef dict kernels = {}
+cdef dict contexts = {}
 cdef dict multiprocessors = {}
 cdef dict capabilities = {}
 
@@ -90,15 +96,40 @@ cdef class Kernel:
         if current != self.context and current != NULL:
             driver.set_context(current)  # a thread without any context, such as autograd's, keeps ours
         if error != 0:
-            raise launch_error(self.name, error, (grid_x, grid_y, grid_z), block, smem)
+            raise KernelError(
+                f"{self.name}: {error_name(error)} (grid {(grid_x, grid_y, grid_z)}, block {block}, "
+                f"{smem} bytes of shared memory)"
+            )
         return 0
 
 
-cdef object launch_error(str name, int error, tuple grid, unsigned int block, unsigned int smem):
+cdef int set_words(
+    int device_id, uintptr_t to, const unsigned int* words, int words_each, size_t count, uintptr_t stream
+) except -1:
+    """``count`` elements at ``to`` get the same words, on ``stream``; their device need not be the current one."""
+    cdef void* context = primary_context(device_id)
+    cdef void* current = NULL
+    cdef int error = 0, i
+    driver.get_context(&current)
+    if current != context:
+        driver.set_context(context)
+    if words_each == 1:
+        error = driver.set_memory(to, words[0], count, <void*>stream)
+    else:
+        for i in range(words_each):
+            if error == 0:
+                error = driver.set_memory_2d(to + 4 * i, 4 * words_each, words[i], 1, count, <void*>stream)
+    if current != context and current != NULL:
+        driver.set_context(current)
+    if error != 0:
+        raise KernelError(f"setting {count} elements of memory: {error_name(error)}")
+    return 0
+
+
+cdef str error_name(int error):
     cdef const char* text = NULL
     driver.error_name(error, &text)
-    reason = text.decode() if text != NULL else str(error)
-    return KernelError(f"{name}: {reason} (grid {grid}, block {block}, {smem} bytes of shared memory)")
+    return text.decode() if text != NULL else str(error)
 
 
 cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned int dynamic_smem):
@@ -106,22 +137,29 @@ cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned i
     cdef tuple key = (file, entry, defines, device_id)
     cdef object found = kernels.get(key)
     cdef Kernel made
-    cdef void* before = NULL
     if found is not None:
         return <Kernel>found
     keep_alive, address = load_function(file, entry, defines, device_id, dynamic_smem)
-    drive()
     made = Kernel.__new__(Kernel)
     made.function = <void*><uintptr_t>address
     made.keep_alive = keep_alive
     made.name = entry
-    cupy = import_cupy()
-    with cupy.cuda.Device(device_id):
-        cupy.cuda.runtime.free(0)  # makes the device's primary context current
-        driver.get_context(&before)
-    made.context = before
+    made.context = primary_context(device_id)
     kernels[key] = made
     return made
+
+
+cdef void* primary_context(int device_id) except? NULL:
+    cdef object address = contexts.get(device_id)
+    cdef void* context = NULL
+    if address is None:
+        drive()
+        cupy = import_cupy()
+        with cupy.cuda.Device(device_id):
+            cupy.cuda.runtime.free(0)  # makes it current
+            driver.get_context(&context)
+        address = contexts[device_id] = <uintptr_t>context
+    return <void*><uintptr_t>address
 
 
 cdef int ensure_context(int device_id) except -1:

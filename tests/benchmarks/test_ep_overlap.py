@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ffmoe_core.comm.local import LocalCommunicator
+from ffmoe_torch.dense_glu import start_glu
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import ep_overlap
@@ -96,6 +97,21 @@ def test_the_shared_expert_is_switched_off(monkeypatch):
         assert asked.beside is ep_overlap.not_beside
     assert asked.beside is before
     assert not comm.off
+
+
+def test_a_shared_expert_on_the_runtime_is_told_of_by_its_parts():
+    """As on GPUs: of each of its parts, and not of their stages."""
+    log = []
+    contenders = ep_overlap.Contenders(Logging(log), SHAPE, [], torch.device("cpu"), torch.float32)
+    x = torch.randn(3, 8, requires_grad=True)
+    expert = contenders.shared[0]
+    with contenders.marked(LoggingMarks(log)):
+        output = start_glu(x, expert.w_up, expert.w_down, expert.activation)()
+        output.sum().backward()
+    assert log == ["shared expert"] * 4
+    log.clear()
+    start_glu(x, expert.w_up, expert.w_down, expert.activation)()
+    assert log == []
 
 
 def test_every_contender_computes_the_same(runs):

@@ -37,6 +37,7 @@ def test_stages_are_those_of_the_protocol():
         "sort",
         "permute",
         "combine",
+        "fill",
         "dispatch_ranks",
         "dispatch_slots",
         "grouped_gemm",

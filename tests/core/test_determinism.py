@@ -161,6 +161,7 @@ def stage_calls(kind, dtype):
         ),
         "permute": ([floats(T, H), row_token, offsets], [((R, H), dtype)], []),
         "combine": ([floats(R, H), token_rows, weights], [((T, H), dtype)], []),
+        "fill": ([], [((R,), W)], [0.5]),
         "dispatch_ranks": ([idx, token_rows, E, P], [((T, D), "int32")], []),
         "dispatch_slots": (
             [idx, weights, token_rows, offsets, ranks, sending.token_rows, sending.expert_offsets],

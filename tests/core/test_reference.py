@@ -9,6 +9,7 @@ import pytest
 from tests import reference
 from tests.support import random_layer
 
+ACTIVATIONS = ("swiglu", "geglu", "relu_squared")
 T, H, E, K, WIDTH = 5, 4, 6, 3, 3
 
 DEFAULTS = {
@@ -79,6 +80,23 @@ def test_gradients_are_the_slopes(case, own_router_input):
             behind[place] -= step
             slopes[place] = (objective(**{name: ahead}) - objective(**{name: behind})) / (2 * step)
         np.testing.assert_allclose(getattr(grads, name), slopes, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_a_dense_block_are_the_slopes(activation):
+    layer = random_layer(config_of(num_experts=1), T)
+    inputs = {"x": layer.x, "w_up": layer.w_up[0], "w_down": layer.w_down[0]}
+    d_out = layer.grad_output
+    base = reference.dense_glu(**inputs, d_out=d_out, activation=activation)
+    for name, gradient in {"x": base.dx, "w_up": base.dw_up, "w_down": base.dw_down}.items():
+        for place in np.ndindex(gradient.shape):
+            ends = []
+            for step in (1e-6, -1e-6):
+                moved = inputs[name].copy()
+                moved[place] += step
+                result = reference.dense_glu(**inputs | {name: moved}, d_out=d_out, activation=activation)
+                ends.append(np.sum(d_out * result.output))
+            assert abs((ends[0] - ends[1]) / 2e-6 - gradient[place]) < 1e-6
 
 
 def test_selection_breaks_ties_to_the_lower_index():

@@ -12,7 +12,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ffmoe_core import MoEConfig, moe_backward, moe_forward
+from ffmoe_core import (
+    MoEConfig,
+    glu_down,
+    glu_down_backward,
+    glu_up,
+    glu_up_backward,
+    moe_backward,
+    moe_forward,
+)
 
 # relative distance (2-norm) to the CPU backend's result, in float32 at least, for the same rounded inputs
 TOLERANCES = {"float64": 1e-11, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
@@ -60,7 +68,7 @@ CASES = (
 def run(
     case: Case, to_device: Callable[[np.ndarray], Any], to_host: Callable[[Any], np.ndarray]
 ) -> list[np.ndarray]:
-    """Output, losses and every gradient, on the host."""
+    """Output, losses and every gradient, of the layer and of its first expert as a dense block, on the host."""
     T, H, I, E, K = case.sizes
     random = np.random.default_rng(0)
     shapes = ((T, H), (T, H), (E, H), (E, 2 * I, H), (E, H, I))
@@ -77,6 +85,10 @@ def run(
     result = moe_forward(x, *weights, config, valid_mask=mask)
     grads = moe_backward(grad_output, result.saved, x, *weights, config, grad_losses=grad_losses)
     arrays = [result.output, result.losses, grads.x, grads.gate_weight, grads.w_up, grads.w_down]
+    w_up, w_down = (weight[0] for weight in weights[1:])
+    a, z = glu_up(x, w_up, config.activation, spared=2)
+    dz, dw_down = glu_down_backward(grad_output, z, w_down, config.activation, spared=2)
+    arrays += [glu_down(a, w_down, spared=2), *glu_up_backward(dz, x, w_up, spared=2), dw_down]
     return [to_host(array).astype(np.float64) for array in arrays]
 
 

@@ -40,6 +40,9 @@ CuLaunchKernel = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint
 CuMemsetD32Async = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
 )
+CuMemsetD2D32Async = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint, *[ctypes.c_size_t] * 2, ctypes.c_void_p
+)
 CuCtxGetCurrent = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
 CuCtxSetCurrent = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 CuGetErrorName = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_char_p))
@@ -68,6 +71,13 @@ def set_memory(to, value, count, _stream):
     return 0
 
 
+@CuMemsetD2D32Async
+def set_memory_2d(to, pitch, value, width, height, stream):
+    for row in range(height):
+        set_memory(to + row * pitch, value, width, stream)
+    return 0
+
+
 @CuCtxGetCurrent
 def get_context(context):
     context[0] = 1
@@ -87,6 +97,7 @@ def encode_tiled(out, _dtype, rank, array, sizes, strides, box, *_):
 DRIVER = SimpleNamespace(
     cuLaunchKernel=launch_kernel,
     cuMemsetD32Async=set_memory,
+    cuMemsetD2D32Async=set_memory_2d,
     cuCtxGetCurrent=get_context,
     cuCtxSetCurrent=CuCtxSetCurrent(lambda _context: 0),
     cuGetErrorName=CuGetErrorName(lambda _error, _name: 0),

@@ -7,7 +7,8 @@ import ffmoe_torch.layer
 from ffmoe_core.backend import STAGES
 from ffmoe_core.comm.local import LocalCommunicator
 from ffmoe_core.cpu.backend import CpuBackend
-from ffmoe_torch import MoELayer
+from ffmoe_torch import MoELayer, dense_glu
+from ffmoe_torch.dense_glu import start_glu
 
 
 class Logging(LocalCommunicator):
@@ -35,26 +36,37 @@ class Logging(LocalCommunicator):
         return finish
 
 
-@pytest.fixture
-def log(monkeypatch):
-    """What a forward call of a layer with a shared expert launches, in order."""
-    log = []
+def told(log, function, *names):
+    """``function``, that says it was called, and that what it returned was called, and so on."""
 
-    def logged(name, function):
-        def call(*arguments):
-            log.append(name)
-            return function(*arguments)
+    def call(*arguments):
+        log.append(names[0])
+        result = function(*arguments)
+        return told(log, result, *names[1:]) if len(names) > 1 else result
 
-        return call
+    return call
 
+
+def sharded_layer(log, monkeypatch, beside):
+    """A layer with a shared expert that says what it launches. Its shared expert alone fills arrays."""
     for stage in STAGES:
-        monkeypatch.setattr(CpuBackend, stage, staticmethod(logged(stage, getattr(CpuBackend, stage))))
-    beside = ffmoe_torch.layer.beside
-    monkeypatch.setattr(
-        ffmoe_torch.layer, "beside", lambda expert, x: logged("shared expert", beside(expert, x))
-    )
+        monkeypatch.setattr(CpuBackend, stage, staticmethod(told(log, getattr(CpuBackend, stage), stage)))
+    monkeypatch.setattr(ffmoe_torch.layer, "beside", beside)
     layer = MoELayer(8, 8, 4, 2, num_shared_experts=1, aux_loss_coeff=0.1)
     layer.shard_experts(Logging(log))
+    return layer
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """What a forward call launches, in order."""
+    log = []
+    beside = ffmoe_torch.layer.beside
+    layer = sharded_layer(
+        log,
+        monkeypatch,
+        lambda expert, x: told(log, beside(expert, x), "shared expert", "its rest", "its output"),
+    )
     layer(torch.randn(6, 8))
     return log
 
@@ -73,12 +85,70 @@ def test_the_losses_come_last(log):
     # the experts' sums, their way home, and the tokens' sums are called the same
     assert log[log.index("grouped_gemm") + 1 :] == [
         "combine",
+        "its rest",
         "combine",
         "losses",
         "combine",
         "router_losses",
+        "its output",
     ]
 
 
 def test_the_shared_expert_is_launched_when_the_tokens_are_on_their_way(log):
     assert log[log.index("dispatch") + 1] == "shared expert"
+
+
+def on_the_runtime(expert, x):
+    """In the place of the layer's ``beside``: the kernels of a GPU's shared expert, launched when they are there."""
+
+    def start(spared):
+        launch_rest = start_glu(x, expert.w_up, expert.w_down, expert.activation, spared)
+
+        def finish():
+            output = launch_rest()
+            return lambda: output
+
+        return finish
+
+    return start
+
+
+def test_in_backward_the_shared_expert_comes_after_the_exchange_that_it_runs_beside(monkeypatch):
+    log = []
+    layer = sharded_layer(log, monkeypatch, on_the_runtime)
+    output, _ = layer(torch.randn(6, 8))
+    log.clear()
+    output.sum().backward()
+    down = ["fill", "fill", "fill", "grouped_glu_backward", "grouped_gemm_wgrad"]
+    up = ["fill", "fill", "grouped_gemm_wgrad"]  # nobody asked for x's gradient
+    first = log.index("combine backward") + 1
+    assert log[first : first + len(down)] == down
+    experts = log[first + len(down) :]
+    assert experts[0] == "grouped_glu_backward"
+    second = experts.index("fill")
+    assert experts[second : second + len(up)] == up
+    assert "grouped_gemm" in experts[:second]
+    assert "dispatch backward" in experts[second:]
+
+
+def test_the_shared_expert_leaves_an_exchange_its_multiprocessors(monkeypatch):
+    """Each of its products, forward and backward."""
+    log = []
+    monkeypatch.setattr(Logging, "multiprocessors", 3)
+    asked = []
+
+    def watched(name):
+        function = getattr(dense_glu, name)
+
+        def call(*arguments, **options):
+            asked.append((name, options["spared"]))
+            return function(*arguments, **options)
+
+        return call
+
+    names = ["glu_up", "glu_down", "glu_down_backward", "glu_up_backward"]
+    for name in names:
+        monkeypatch.setattr(dense_glu, name, watched(name))
+    layer = sharded_layer(log, monkeypatch, on_the_runtime)
+    layer(torch.randn(6, 8))[0].sum().backward()
+    assert asked == [(name, 3) for name in names]

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -23,11 +24,26 @@ class Recording(LocalCommunicator):
 
 
 def at_once(expert, x):
-    """In the place of the layer's ``beside``: computed when it is started, as on a GPU."""
+    """In the place of the layer's ``beside``: computed when it is launched, as on a GPU."""
 
-    def start():
+    def start(spared):
+        launch_rest = expert.start(x, spared)
+
+        def finish():
+            output = launch_rest()
+            return lambda: output
+
+        return finish
+
+    return start
+
+
+def whole_at_once(expert, x):
+    """The same of a module with hooks, which is called as a whole."""
+
+    def start(spared):
         output = expert(x)
-        return lambda: output
+        return lambda: lambda: output
 
     return start
 
@@ -47,9 +63,10 @@ def test_hooks_that_copy_what_is_saved_change_nothing():
     assert torch.equal(*gradients)
 
 
-def test_a_recomputation_may_stop_in_the_shared_expert(monkeypatch):
+@pytest.mark.parametrize("beside", [at_once, whole_at_once])
+def test_a_recomputation_may_stop_in_the_shared_expert(monkeypatch, beside):
     """Where nothing that comes after it wants a gradient: which is no failure of this rank."""
-    monkeypatch.setattr(ffmoe_torch.layer, "beside", at_once)
+    monkeypatch.setattr(ffmoe_torch.layer, "beside", beside)
     comm = Recording()
     torch.manual_seed(0)
     layer = MoELayer(8, 8, 4, 2, num_shared_experts=1)
@@ -63,3 +80,19 @@ def test_a_recomputation_may_stop_in_the_shared_expert(monkeypatch):
     ]
     assert not comm.aborted
     assert all(map(torch.equal, *gradients))
+
+
+def test_the_other_ranks_hear_of_a_failure_in_the_shared_expert(monkeypatch):
+    """In either part of it."""
+
+    def fail(*_):
+        raise ValueError("no")
+
+    for start in (fail, lambda _: fail):
+        monkeypatch.setattr(ffmoe_torch.layer, "beside", lambda expert, x, start=start: start)
+        comm = Recording()
+        layer = MoELayer(8, 8, 4, 2, num_shared_experts=1)
+        layer.shard_experts(comm)
+        with pytest.raises(ValueError, match="no"):
+            layer(torch.randn(6, 8))
+        assert comm.aborted == ["ValueError: no"]

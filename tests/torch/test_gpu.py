@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from ffmoe_torch import MoELayer
-from tests.torch.checks import LOSSES, SIZES, make_layer, random_tokens, results, same
+from ffmoe_torch.shared_expert import SharedExpert
+from tests.support import assert_close
+from tests.torch.checks import LOSSES, SIZES, make_layer, numbers, random_tokens, results, same
 
 pytestmark = pytest.mark.gpu
 
@@ -41,9 +43,10 @@ def test_forward_and_backward_in_a_cuda_graph(options, dtype):
         assert same(replayed, [t.detach() for t in step()])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
-def test_nothing_waits_for_the_device(options):
-    layer, x = make_layer("cuda", **options), random_tokens(40, device="cuda")
+def test_nothing_waits_for_the_device(options, dtype):
+    layer, x = make_layer("cuda", dtype, **options), random_tokens(40, device="cuda", dtype=dtype)
     results(layer, x)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -58,9 +61,11 @@ def test_nothing_waits_for_the_device(options):
     assert stats.tokens_per_expert.sum() == 80
 
 
-def test_runs_on_the_current_stream():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_runs_on_the_current_stream(dtype):
     """Work waits for what the caller's stream was doing, and for nothing else."""
-    layer, x = make_layer("cuda", **FULL).eval(), random_tokens(64, device="cuda")
+    layer = make_layer("cuda", dtype, **FULL).eval()
+    x = random_tokens(64, device="cuda", dtype=dtype)
     want = results(layer, x)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -81,6 +86,80 @@ def test_the_shared_expert_is_safe_on_its_stream():
     for _ in range(20):
         assert same(results(layer, x), want)
         torch.full((4096, 512), float("nan"), device="cuda")  # takes what was just freed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_shared_expert_is_torchs_formula(dtype):
+    """On the runtime's kernels, in a size of several tiles, by itself and in autocast; and the same bits every time."""
+    T, H, J = 700, 264, 520
+    expert = SharedExpert(H, J, device="cuda", dtype=dtype)
+    x = torch.randn(T, H, device="cuda", dtype=dtype, requires_grad=True)
+    exact = SharedExpert(H, J, device="cuda", dtype=torch.float64)
+    exact.load_state_dict(expert.state_dict())
+    y = x.detach().double().requires_grad_()
+    grad = torch.randn_like(x)
+    exact(y).backward(grad.double())
+    want = [exact(y), y.grad, exact.w_up.grad, exact.w_down.grad]
+    runs = []
+    for _ in range(3):
+        expert.zero_grad()
+        x.grad = None
+        output = expert(x)
+        output.backward(grad)
+        runs.append([output.detach(), x.grad, expert.w_up.grad, expert.w_down.grad])
+    name = str(dtype).removeprefix("torch.")
+    for got, wanted in zip(runs[0], want, strict=True):
+        assert_close(numbers(got), numbers(wanted), name)
+    assert same(runs[0], runs[1])
+    assert same(runs[0], runs[2])
+    with torch.autocast("cuda", dtype=dtype):
+        whole = SharedExpert(H, J, device="cuda")
+        whole.load_state_dict(expert.state_dict())
+        assert torch.equal(whole(x.float()), output)
+
+
+def test_the_shared_expert_keeps_z_alone():
+    T, H, J = 4096, 256, 512
+    expert = SharedExpert(H, J, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    expert(x)
+    before = torch.cuda.memory_allocated()
+    output = expert(x)
+    rounding = T * J  # of the allocator: half of what the activations would take
+    z = T * 2 * J * 2
+    held = torch.cuda.memory_allocated() - before - output.numel() * 2
+    assert z <= held < z + rounding
+    del output
+    with torch.no_grad():
+        output = expert(x)
+    assert torch.cuda.memory_allocated() - before - output.numel() * 2 < rounding
+
+
+def test_what_the_layer_keeps_of_its_shared_expert():
+    """Not the activations either, which are on another stream."""
+    T, H, I = 4096, 256, 512
+    held = []
+    for shared in (0, 1):
+        layer = MoELayer(H, 2 * I, 8, 2, num_shared_experts=shared, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        layer(x)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        output, _ = layer(x)
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated() - before)
+        del output
+    z = T * 2 * I * 2
+    assert abs(held[1] - held[0] - z) < T * I  # half of the activations
+
+
+def test_a_shared_expert_with_hooks_is_called_as_a_whole():
+    layer = make_layer("cuda", torch.bfloat16, num_shared_experts=1)
+    x, seen = random_tokens(40, device="cuda", dtype=torch.bfloat16), []
+    want = results(layer, x)
+    layer.shared_expert.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    assert same(results(layer, x), want)
+    assert seen == [x.shape]
 
 
 @pytest.mark.parametrize("kept", ["activations", "nothing"])

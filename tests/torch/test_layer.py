@@ -141,9 +141,10 @@ def test_no_grad_and_inference_mode_give_the_same_bits(device):
         assert not any(loss.requires_grad for loss in losses.values())
 
 
-def test_two_runs_give_the_same_bits(device):
-    layer = make_layer(device, num_shared_experts=1, latent_dim=8, capacity_factor=1.0, **LOSSES)
-    x = random_tokens(50, device=device)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_runs_give_the_same_bits(device, dtype):
+    layer = make_layer(device, dtype, num_shared_experts=1, latent_dim=8, capacity_factor=1.0, **LOSSES)
+    x = random_tokens(50, device=device, dtype=dtype)
     assert same(results(layer, x), results(layer, x))
 
 

@@ -1,0 +1,150 @@
+"""A dense GLU block, w_down (act(gate) * up) with [gate, up] = w_up x, as grouped products with a single group.
+
+The mathematics is that of moe.pyx with one expert whose rows are the tokens, all of weight 1.
+"""
+
+from libc.stdint cimport int64_t
+
+from .arrays cimport INT32, UINT8, Array, Space, itemsize, padded, space_of, view
+from .checks cimport check_floating, check_like, check_rows, check_shape, check_widths, router_dtype
+
+from .backend import backend_for
+from .config import ACTIVATIONS
+from .errors import ConfigError, ShapeError
+
+
+def glu_up(x, w_up, activation="swiglu", *, keep_z=True, spared=0):
+    """The up-projection and its activation. See glu.pyi for shapes, dtypes and errors."""
+    cdef Array tokens = tokens_of(x, "x", "[T, d_model]"), weight = view(w_up, "w_up")
+    cdef int64_t T = tokens.dims[0], H = tokens.dims[1]
+    cdef int64_t J = check_up(weight, tokens, "x")
+    check_activation(activation)
+    cdef Space space = sparing(space_of(x, tokens), spared)
+    backend = backend_for(space)
+    cdef Array a = space.empty((T, J), tokens.dtype), z = None
+    if keep_z:
+        z = space.empty((T, 2 * J), tokens.dtype)
+    cdef Array offsets = one_group(backend, space, space.empty((8,), UINT8), T)
+    backend.grouped_glu(space, tokens, weight.at(0, (1, 2 * J, H), weight.dtype), offsets, None, activation, z, a)
+    return space.export(a), None if z is None else space.export(z)
+
+
+def glu_down(a, w_down, *, spared=0):
+    """The down-projection. See glu.pyi for shapes, dtypes and errors."""
+    cdef Array rows = tokens_of(a, "a", "[T, width]"), weight = view(w_down, "w_down")
+    cdef int64_t T = rows.dims[0], J = rows.dims[1]
+    check_down(weight, -1, J, rows, "a")
+    cdef int64_t H = weight.dims[0]
+    cdef Space space = sparing(space_of(a, rows), spared)
+    backend = backend_for(space)
+    cdef Array output = space.empty((T, H), rows.dtype)
+    cdef Array offsets = one_group(backend, space, space.empty((8,), UINT8), T)
+    backend.grouped_gemm(space, rows, weight.at(0, (1, H, J), weight.dtype), offsets, None, True, output)
+    return space.export(output)
+
+
+def glu_down_backward(grad_output, z, w_down, activation="swiglu", *, weight_grad=True, spared=0):
+    """Back through the down-projection and the activation. See glu.pyi for shapes, dtypes and errors."""
+    cdef Array d_out = tokens_of(grad_output, "grad_output", "[T, d_model]"), weight = view(w_down, "w_down")
+    cdef int64_t T = d_out.dims[0], H = d_out.dims[1]
+    check_down(weight, H, -1, d_out, "grad_output")
+    cdef int64_t J = weight.dims[1]
+    cdef Array kept = view(z, "z")
+    check_shape(kept, "z", "[T, 2 * width]", T, 2 * J)
+    check_like(kept, "z", d_out, "grad_output")
+    check_activation(activation)
+    cdef Space space = sparing(space_of(grad_output, d_out), spared)
+    backend = backend_for(space)
+    cdef int W = router_dtype(d_out)
+    cdef int64_t ones_at = padded(8), dp_at = ones_at + padded(T * itemsize(W))
+    cdef int64_t a_at = dp_at + padded(T * itemsize(W))
+    cdef Array scratch = space.empty((a_at + T * J * itemsize(d_out.dtype),), UINT8)
+    cdef Array offsets = one_group(backend, space, scratch, T)
+    cdef Array ones = scratch.at(ones_at, (T,), W), dp = scratch.at(dp_at, (T,), W)
+    cdef Array a = scratch.at(a_at, (T, J), d_out.dtype)
+    cdef Array dz = space.empty((T, 2 * J), d_out.dtype), dw_down = None
+    backend.fill(space, ones, 1.0)
+    backend.grouped_glu_backward(
+        space, d_out, weight.at(0, (1, H, J), weight.dtype), offsets, None, ones, kept, activation, dz, a, dp
+    )
+    if weight_grad:
+        dw_down = wgrad(backend, space, d_out, a, offsets)
+    return space.export(dz), None if dw_down is None else space.export(dw_down)
+
+
+def glu_up_backward(dz, x, w_up, *, x_grad=True, weight_grad=True, spared=0):
+    """Back through the up-projection. See glu.pyi for shapes, dtypes and errors."""
+    cdef Array tokens = tokens_of(x, "x", "[T, d_model]"), weight = view(w_up, "w_up")
+    cdef int64_t T = tokens.dims[0], H = tokens.dims[1]
+    cdef int64_t J = check_up(weight, tokens, "x")
+    cdef Array rows = view(dz, "dz")
+    check_shape(rows, "dz", "[T, 2 * width]", T, 2 * J)
+    check_like(rows, "dz", tokens, "x")
+    cdef Space space = sparing(space_of(dz, rows), spared)
+    backend = backend_for(space)
+    cdef Array offsets = one_group(backend, space, space.empty((8,), UINT8), T)
+    cdef Array dx = None, dw_up = None
+    if x_grad:
+        dx = space.empty((T, H), tokens.dtype)
+        backend.grouped_gemm(space, rows, weight.at(0, (1, 2 * J, H), weight.dtype), offsets, None, False, dx)
+    if weight_grad:
+        dw_up = wgrad(backend, space, rows, tokens, offsets)
+    return None if dx is None else space.export(dx), None if dw_up is None else space.export(dw_up)
+
+
+cdef Array one_group(backend, Space space, Array scratch, int64_t num_rows):
+    """The expert_offsets [0, num_rows], at the start of ``scratch``. They never pass through the host."""
+    cdef Array offsets = scratch.at(0, (2,), INT32)
+    backend.fill(space, offsets.at(0, (1,), INT32), 0)
+    backend.fill(space, offsets.at(4, (1,), INT32), num_rows)
+    return offsets
+
+
+cdef Array wgrad(backend, Space space, Array a, Array b, Array offsets):
+    """[M, N] of a [T, M] and b [T, N]."""
+    cdef Array gradient = space.empty((a.dims[1], b.dims[1]), a.dtype)
+    backend.grouped_gemm_wgrad(
+        space, a, b, offsets, None, None, gradient.at(0, (1, a.dims[1], b.dims[1]), a.dtype), False
+    )
+    return gradient
+
+
+cdef Array tokens_of(object obj, str name, str symbols):
+    cdef Array tokens = view(obj, name)
+    check_shape(tokens, name, symbols, -1, -1)
+    check_widths(tokens, name, symbols)
+    check_floating(tokens, name)
+    check_rows(tokens.dims[0], 1)
+    return tokens
+
+
+cdef int64_t check_up(Array w_up, Array x, str x_name) except -1:
+    """The block's width, which w_up has twice."""
+    check_shape(w_up, "w_up", "[2 * width, d_model]", -1, x.dims[1])
+    check_like(w_up, "w_up", x, x_name)
+    if w_up.dims[0] == 0 or w_up.dims[0] % 2:
+        raise ShapeError(
+            f"w_up has shape {w_up.shape}; expected [2 * width, d_model], gate rows and as many up rows"
+        )
+    return w_up.dims[0] // 2
+
+
+cdef int check_down(Array w_down, int64_t hidden, int64_t width, Array like, str like_name) except -1:
+    check_shape(w_down, "w_down", "[d_model, width]", hidden, width)
+    if w_down.size == 0:
+        raise ShapeError(f"w_down has shape {w_down.shape}; expected [d_model, width] with widths of at least 1")
+    return check_like(w_down, "w_down", like, like_name)
+
+
+def check_activation(activation):
+    if activation not in ACTIVATIONS:
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ConfigError(f"activation={activation!r} is unknown; known: {known}")
+
+
+cdef Space sparing(Space space, object multiprocessors):
+    """``space``, whose products leave so many multiprocessors to others."""
+    if isinstance(multiprocessors, bool) or not isinstance(multiprocessors, int) or not 0 <= multiprocessors < 1 << 16:
+        raise ConfigError(f"spared={multiprocessors!r} must be an int from 0 to {(1 << 16) - 1}")
+    space.spared = multiprocessors
+    return space

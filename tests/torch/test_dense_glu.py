@@ -1,0 +1,297 @@
+"""The dense GLU block on the runtime: torch's formula and its gradients, and who gets it."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from ffmoe_core.config import ACTIVATIONS
+from ffmoe_core.errors import DTypeError, ShapeError, UnsupportedError
+from ffmoe_torch import dense_glu, shared_expert
+from ffmoe_torch.dense_glu import serves, start_glu
+from ffmoe_torch.shared_expert import SharedExpert
+from tests import reference
+from tests.support import assert_close
+from tests.torch.checks import numbers, same
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+H, J = 24, 16
+
+
+def make(device, dtype, *shape, activation="swiglu"):
+    """A block, and x that wants a gradient."""
+    expert = SharedExpert(H, J, activation, device=device, dtype=dtype)
+    return expert, torch.randn(*shape, H, device=device).to(dtype).requires_grad_()
+
+
+def on_the_runtime(expert, x):
+    return start_glu(x, expert.w_up, expert.w_down, expert.activation)()
+
+
+def results(call, expert, x):
+    """Output and the gradients that there are, by name."""
+    expert.zero_grad()
+    x.grad = None
+    output = call(expert, x)
+    output.sin().sum().backward()
+    return {"output": output.detach(), "x": x.grad, "w_up": expert.w_up.grad, "w_down": expert.w_down.grad}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_and_gradients(device, poisoned, dtype, activation):
+    expert, x = make(device, dtype, 21, activation=activation)
+    grad = torch.randn(21, H, device=device).to(dtype)
+    output = on_the_runtime(expert, x)
+    output.backward(grad)
+    name = str(dtype).removeprefix("torch.")
+    want = reference.dense_glu(*map(numbers, (x, expert.w_up, expert.w_down, grad)), activation)
+    for got, wanted, what in (
+        (output, want.output, "output"),
+        (x.grad, want.dx, "gradient of x"),
+        (expert.w_up.grad, want.dw_up, "gradient of w_up"),
+        (expert.w_down.grad, want.dw_down, "gradient of w_down"),
+    ):
+        assert got.dtype == dtype
+        assert_close(numbers(got), wanted, name, what)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 3), (2, 0, 3)])
+def test_is_torchs_formula(device, poisoned, shape):
+    expert, x = make(device, torch.float64, *shape)
+    with torch.no_grad():
+        expert.w_up.copy_(expert.w_up.T.contiguous().T)  # in whatever layout
+    got, want = results(on_the_runtime, expert, x), results(lambda expert, x: expert(x), expert, x)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
+def test_inputs_need_not_be_contiguous(device):
+    expert, x = make(device, torch.float32, 6, 4)
+    plain = on_the_runtime(expert, x.detach().transpose(0, 1).contiguous())
+    assert torch.equal(on_the_runtime(expert, x.detach().transpose(0, 1)), plain)
+    w_up, w_down = (weight.detach().T.contiguous().T for weight in (expert.w_up, expert.w_down))
+    assert torch.equal(start_glu(x.transpose(0, 1), w_up, w_down, "swiglu")(), plain)
+    # the gradient neither
+    on_the_runtime(expert, x).sum().backward()
+    summed, x.grad = x.grad, None
+    on_the_runtime(expert, x).backward(torch.ones(6, 4, H, device=device))
+    assert torch.equal(summed, x.grad)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(device, activation):
+    def call(x, w_up, w_down):
+        return start_glu(x, w_up, w_down, activation)()
+
+    leaves = [
+        torch.randn(*shape, dtype=torch.float64, device=device, requires_grad=True)
+        for shape in ((5, 4), (6, 4), (4, 3))
+    ]
+    assert torch.autograd.gradcheck(call, leaves, check_undefined_grad=True)
+
+
+@pytest.mark.parametrize("trained", range(8))
+def test_frozen_inputs_get_no_gradient(device, trained):
+    expert, x = make(device, torch.float32, 9)
+    want = results(on_the_runtime, expert, x)
+    for bit, tensor in enumerate((x, expert.w_up, expert.w_down)):
+        tensor.requires_grad_(bool(trained & 1 << bit))
+    if trained == 0:
+        assert not on_the_runtime(expert, x).requires_grad
+        return
+    got = results(on_the_runtime, expert, x)
+    assert torch.equal(got["output"], want["output"])
+    for bit, name in enumerate(("x", "w_up", "w_down")):
+        assert torch.equal(got[name], want[name]) if trained & 1 << bit else got[name] is None
+
+
+def test_backward_has_z_and_the_inputs_alone(device):
+    expert, x = make(device, torch.float32, 9)
+    kept = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        on_the_runtime(expert, x)
+    assert [tuple(tensor.shape) for tensor in kept] == [(9, H), (2 * J, H), (9, 2 * J), (H, J)]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_kept_where_no_backward_follows(device, monkeypatch, mode):
+    expert, x = make(device, torch.float32, 3, 3)
+    want, zs = on_the_runtime(expert, x), []
+    up = dense_glu.glu_up
+
+    def watched(*arguments, **options):
+        a, z = up(*arguments, **options)
+        zs.append(z)
+        return a, z
+
+    monkeypatch.setattr(dense_glu, "glu_up", watched)
+    with mode():
+        assert torch.equal(on_the_runtime(expert, x), want)
+    assert zs == [None]
+
+
+def test_two_runs_give_the_same_bits(device):
+    expert, x = make(device, torch.bfloat16, 50)
+    first, second = (results(on_the_runtime, expert, x) for _ in range(2))
+    assert same([*first.values()], [*second.values()])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_gives_the_same_bits(device, use_reentrant):
+    expert, x = make(device, torch.float32, 9)
+
+    def again(expert, x):
+        return checkpoint(lambda x: on_the_runtime(expert, x), x, use_reentrant=use_reentrant)
+
+    want, got = results(on_the_runtime, expert, x), results(again, expert, x)
+    assert same([*got.values()], [*want.values()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_a_block_of_rounded_parameters(device, dtype):
+    expert, x = make(device, torch.float32, 3, 7)
+    with torch.autocast(device, dtype=dtype):
+        output = on_the_runtime(expert, x)
+    output.float().sin().sum().backward()
+    rounded, y = make(device, dtype, 3, 7)
+    rounded.load_state_dict(expert.state_dict())
+    with torch.no_grad():
+        y.copy_(x)
+    want = on_the_runtime(rounded, y)
+    want.float().sin().sum().backward()
+    assert torch.equal(output, want)
+    for got, wanted in ((x, y), (expert.w_up, rounded.w_up), (expert.w_down, rounded.w_down)):
+        assert got.grad.dtype == torch.float32
+        assert torch.equal(got.grad, wanted.grad.float())
+
+
+def test_a_second_derivative_is_refused(device):
+    expert, x = make(device, torch.float32, 9)
+    output = on_the_runtime(expert, x)
+    want = torch.autograd.grad(output.sum(), (x, expert.w_up, expert.w_down), retain_graph=True)
+    gradients = torch.autograd.grad(output.sum(), (x, expert.w_up, expert.w_down), create_graph=True)
+    assert same(gradients, want)
+    for gradient in gradients:
+        with pytest.raises(UnsupportedError, match="no second derivative"):
+            gradient.sum().backward()
+
+
+def test_inputs_that_do_not_fit(device):
+    expert, x = make(device, torch.float32, 9)
+    with pytest.raises(ShapeError, match=r"x has shape \(9, 23\).*d_model=24"):
+        on_the_runtime(expert, x[:, 1:])
+    with pytest.raises(DTypeError, match="w_up has dtype float32 but x has float64"):
+        on_the_runtime(expert, x.double())
+
+
+# --- who gets it ---
+
+
+def test_cpus_keep_torchs_operations():
+    for dtype in DTYPES:
+        expert, x = make("cpu", dtype, 9)
+        assert not serves(x, expert.w_up, expert.w_down)
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+SERVED = {
+    "plain": (contextlib.nullcontext, [False, False, True, True]),
+    "no grad": (torch.no_grad, [False, False, True, True]),
+    "inference": (torch.inference_mode, [False, False, True, True]),
+    "autocast": (lambda: torch.autocast("cuda", torch.bfloat16), [False, True, True, True]),
+    "autocast to float32": (lambda: torch.autocast("cuda", torch.float32), [False] * 4),
+    "a dispatch mode": (Dispatch, [False] * 4),
+    "a dispatch mode in autocast": (
+        lambda: stacked(torch.autocast("cuda", torch.bfloat16), Dispatch()),
+        [False] * 4,
+    ),
+    "forward-mode derivatives": (forward_ad.dual_level, [False] * 4),
+}
+
+
+@contextlib.contextmanager
+def stacked(*contexts):
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", SERVED)
+def test_who_is_served(state):
+    mode, wanted = SERVED[state]
+    for dtype, served in zip(DTYPES, wanted, strict=True):
+        expert, x = make("cuda", dtype, 9)
+        with mode():
+            assert serves(x, expert.w_up, expert.w_down) == served, dtype
+
+
+@pytest.mark.gpu
+def test_a_compiler_sees_torchs_operations():
+    torch._dynamo.reset()
+    expert, x = make("cuda", torch.bfloat16, 9)
+    compiled = torch.compile(expert, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expert(x))
+    torch._dynamo.reset()
+
+
+def test_the_module_asks_and_is_asked(device, monkeypatch):
+    """Whatever computes it, the module's output is the same function of the same parameters."""
+    expert, x = make(device, torch.float64, 2, 9)
+    want = results(lambda expert, x: expert(x), expert, x)
+    asked = []
+    monkeypatch.setattr(shared_expert, "serves", lambda *tensors: asked.append(tensors) or True)
+    got = results(lambda expert, x: expert(x), expert, x)
+    (tensors,) = asked
+    assert all(map(torch.Tensor.is_set_to, tensors, (x, expert.w_up, expert.w_down)))
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
+WATCHERS = {
+    "a forward hook": lambda expert, see: expert.register_forward_hook(lambda *_: see()),
+    "a forward pre-hook": lambda expert, see: expert.register_forward_pre_hook(lambda *_: see()),
+    "a hook of all modules": lambda expert, see: nn.modules.module.register_module_forward_hook(
+        lambda *_: see()
+    ),
+    "a backward hook": lambda expert, see: expert.register_full_backward_hook(lambda *_: see()),
+    "a backward pre-hook": lambda expert, see: expert.register_full_backward_pre_hook(lambda *_: see()),
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_hooks_see_the_call_of_the_module(device, watcher):
+    expert, x = make(device, torch.float32, 9)
+    seen = []
+    hook = WATCHERS[watcher](expert, lambda: seen.append(1))
+    try:
+        output = shared_expert._start(expert, x, 0)()
+        output.sum().backward()
+    finally:
+        hook.remove()
+    assert seen == [1]
+    assert torch.equal(output, shared_expert._start(expert, x, 0)())
+    assert seen == [1]
+
+
+def test_another_module_in_its_place(device):
+    x = torch.randn(9, H, device=device)
+    linear = nn.Linear(H, H, device=device)
+    assert torch.equal(shared_expert._start(linear, x, 0)(), linear(x))
