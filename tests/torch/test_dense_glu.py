@@ -248,7 +248,7 @@ def test_a_compiler_sees_torchs_operations():
     torch._dynamo.reset()
     expert, x = make("cuda", torch.bfloat16, 9)
     compiled = torch.compile(expert, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), expert(x))
+    assert_close(numbers(compiled(x)), numbers(expert(x)), "bfloat16")  # it rounds what is between, too
     torch._dynamo.reset()
 
 
