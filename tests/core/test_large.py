@@ -6,7 +6,8 @@ import pytest
 from ffmoe_core import combine, grouped_gemm, grouped_gemm_wgrad, make_plan, permute
 from tests.support import numbers
 
-pytestmark = pytest.mark.slow
+# one after the other where tests run side by side: there is not memory for all of them
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("large arrays")]
 
 K, WIDTH = 64, 65536
 T = 2**31 // (K * WIDTH) + 1
