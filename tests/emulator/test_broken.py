@@ -49,7 +49,11 @@ BROKEN = {
         "    static constexpr int SLOTS = 16;\n",
         "    static constexpr int SLOTS = 4;\n",
         ("products", "tiles_without_rows"),
-        ("AssertionError", "nothing happens any more", "more arrivals than it waits for"),  # as the schedule has it
+        (
+            "AssertionError",
+            "nothing happens any more",
+            "more arrivals than it waits for",
+        ),  # as the schedule has it
     ),
     "tiles that are not told": (
         "grouped_gemm_sm90.cu",
