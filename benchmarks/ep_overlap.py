@@ -8,7 +8,7 @@ Contenders:
 
     all on             the layer as it is
     X off              the same without one overlap:
-      shared expert      runs on the layer's stream, after all else (on CPUs it always does)
+      shared expert      runs after all else (on CPUs it always does)
       weight gradients   start when dx has arrived, and so do the router's, which come after them
       router gradients   start when dx has arrived; the experts' weight gradients do not wait
       losses             their sums have arrived before anything else is started
@@ -187,7 +187,7 @@ class Switched:
 
 
 def not_beside(expert: SharedExpert, x: Tensor) -> Start:
-    """In the place of the layer's ``beside``: computed where it is needed, on the layer's stream."""
+    """In the place of the layer's ``beside_exchanges``: computed where it is needed, and nothing is under way."""
     return lambda _spared: lambda: lambda: expert(x)
 
 
@@ -198,7 +198,7 @@ def without(comm: Switched, off: Iterable[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, comm, "off", frozenset())
         if SHARED in comm.off:
-            stack.enter_context(mock.patch.object(ffmoe_torch.layer, "beside", not_beside))
+            stack.enter_context(mock.patch.object(ffmoe_torch.layer, "beside_exchanges", not_beside))
         yield
 
 

@@ -61,8 +61,9 @@ def start(cpu: bool) -> tuple[torch.device, torch.dtype]:
 class Timer:
     """Times calls on this rank's device; a time is that of the slowest rank, in milliseconds.
 
-    Each is timed right after a call of the same that is not, as a layer is in training: torch's allocator then has the
-    memory it takes, which others that were called in between may have cut into pieces.
+    Each is timed right behind a call of the same that is not, as a layer is in training: torch's allocator then has the
+    memory it takes, which others that were called in between may have cut into pieces; and a GPU is still busy with the
+    first while the host launches the second. From idle, the GPU begins with nothing to do but wait for the host.
     """
 
     def __init__(self, device: torch.device, rounds: int) -> None:
@@ -70,27 +71,37 @@ class Timer:
         self.rounds = rounds
         self.random = random.Random(0)  # the same order on every rank
 
-    def medians(self, calls: dict[str, Call]) -> dict[str, float]:
+    def medians(self, calls: dict[str, Call], *, from_idle: bool = False) -> dict[str, float]:
+        once = self._behind_another if self.device.type == "cuda" and not from_idle else self._from_idle
         times: dict[str, list[float]] = {name: [] for name in calls}
         names = list(calls)
         for number in range(WARM_UP + self.rounds):
             self.random.shuffle(names)
             for name in names:
-                took = self.once(calls[name])
+                took = torch.tensor([once(calls[name])], device=self.device)
+                dist.all_reduce(took, dist.ReduceOp.MAX)
                 if number >= WARM_UP:
-                    times[name].append(took)
+                    times[name].append(took.item())
         return {name: statistics.median(taken) for name, taken in times.items()}
 
-    def once(self, call: Call) -> float:
+    def _from_idle(self, call: Call) -> float:
         call()
         dist.barrier()
         self.wait()
         start = time.perf_counter()
         call()
         self.wait()
-        took = torch.tensor([time.perf_counter() - start], device=self.device)
-        dist.all_reduce(took, dist.ReduceOp.MAX)
-        return 1e3 * took.item()
+        return 1e3 * (time.perf_counter() - start)
+
+    def _behind_another(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call()
+        dist.all_reduce(torch.zeros(1, device=self.device))  # the GPUs begin together; no host waits for it
+        start.record()
+        call()
+        end.record()
+        self.wait()
+        return start.elapsed_time(end)
 
     def wait(self) -> None:
         if self.device.type == "cuda":

@@ -53,6 +53,16 @@ class Underway:
     def take_arriving(self) -> Sequence[Transfer]:
         """Of each chunk's rows to the experts, for the caller to wait for; none if they were taken before."""
 
+class Combining(NamedTuple):
+    """An exchange of rows that is under way."""
+
+    packed: (
+        Any  # [num_sent, W] on the tokens' side: in forward they land here, in backward they leave from here
+    )
+    rows: Any  # [N, W] on the experts' side, the other way round
+    transfers: Any
+    beside: tuple[int, float]  # spared and spared_flop (glu_up) of a product beside it
+
 class ExpertParallelResult(NamedTuple):
     """What ``ExpertParallel.forward`` returns."""
 
@@ -173,12 +183,13 @@ class ExpertParallel:
         router_input: Any = None,
         expert_bias: Any = None,
         valid_mask: Any = None,
-        meanwhile: Callable[[], object] | None = None,
+        meanwhile: Callable[[int, float], object] | None = None,
     ) -> Dispatched:
         """Route this rank's tokens, x [T, W], and send each to the ranks of its experts.
 
-        W is d_model, unless the gate reads ``router_input`` [T, d_model]: then x can have any width. ``meanwhile()``
-        is called when the tokens are on their way, to launch what is to run beside that on another stream.
+        W is d_model, unless the gate reads ``router_input`` [T, d_model]: then x can have any width. ``meanwhile``
+        is called when the tokens are on their way, to launch what can be computed beside that, on the same stream: with
+        the ``spared`` and ``spared_flop`` of ``glu_up`` that leave the exchange room.
         """
 
     def run_experts(
@@ -195,6 +206,20 @@ class ExpertParallel:
 
     def combine_backward(self, grad_output: Any, dispatched: Dispatched) -> Any:
         """[N, W] from grad_output [T, W]."""
+
+    # --- both in halves: what is launched between them, on the same stream, runs beside the exchange ---
+
+    def start_combine(self, rows: Any, dispatched: Dispatched) -> Combining:
+        """Sends rows [N, W] home."""
+
+    def finish_combine(self, combining: Combining, dispatched: Dispatched) -> Any:
+        """[T, W], as ``combine``."""
+
+    def start_combine_backward(self, grad_output: Any, dispatched: Dispatched) -> Combining:
+        """Sends the gradients [T, W] to where the rows came from."""
+
+    def finish_combine_backward(self, combining: Combining) -> Any:
+        """[N, W], as ``combine_backward``."""
 
     def run_experts_backward(
         self, d_rows: Any, received: Any, z: Any, dispatched: Dispatched, w_up: Any, w_down: Any

@@ -84,6 +84,15 @@ class Dispatched(NamedTuple):
     underway: Any = None  # Underway or None
 
 
+class Combining(NamedTuple):
+    """What ``ExpertParallel.start_combine`` and ``start_combine_backward`` return."""
+
+    packed: Any  # [num_sent, W]: in backward what is sent, in forward where rows land
+    rows: Any  # [N, W]: in backward where they land, in forward what is sent
+    transfers: Any  # of what is on its way, and waited for by the second half
+    beside: Any  # (int, float): what a product beside it leaves to it, as meanwhile's arguments
+
+
 class Underway:
     """With chunks: what one part of a call has started, and the next waits for."""
 
@@ -222,12 +231,28 @@ class ExpertParallel:
     # --- combine ---
 
     def combine(self, rows, dispatched):
+        return self.finish_combine(self.start_combine(rows, dispatched), dispatched)
+
+    def start_combine(self, rows, dispatched):
         with aborting(self.comm):
-            return _combine(self, rows, dispatched)
+            return _start_combine(self, rows, dispatched)
+
+    def finish_combine(self, combining, dispatched):
+        with aborting(self.comm):
+            return _finish_combine(self, combining, dispatched)
 
     def combine_backward(self, grad_output, dispatched):
+        return self.finish_combine_backward(self.start_combine_backward(grad_output, dispatched))
+
+    def start_combine_backward(self, grad_output, dispatched):
         with aborting(self.comm):
-            return _combine_backward(self, grad_output, dispatched)
+            return _start_combine_backward(self, grad_output, dispatched)
+
+    def finish_combine_backward(self, combining):
+        with aborting(self.comm):
+            for transfer in combining.transfers:
+                transfer.wait()
+            return combining.rows
 
 
 def _check_chunks(ep_chunks, num_experts, ep_size):
@@ -446,7 +471,7 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask, mean
             for chunk in range(C)
         ]
     if meanwhile is not None:
-        meanwhile()
+        meanwhile(*room_beside(comm, sizes, width * itemsize(tokens.dtype)))
     transfer.wait()
     backend.sort(
         space, receiving.topk_idx, weights, -1, "position",
@@ -718,9 +743,7 @@ cdef class Homeward:
         All chunks but the first are on their way here when that is there, and one goes home when the next is there.
         """
         cdef int C = len(self.sizes.received) // self.comm.size
-        cdef int64_t sent = others_rows(self.sizes.sent, self.comm)
-        cdef int64_t rows = max(sent, others_rows(self.sizes.received, self.comm))
-        return (C - 1 if chunk == 0 else 1) * (rows * self.row_bytes // C)
+        return (C - 1 if chunk == 0 else 1) * (crossing_rows(self.comm, self.sizes) * self.row_bytes // C)
 
     cdef Array part(self, Array array, int chunk):
         """The chunk's rows of an Array of all received tokens."""
@@ -899,19 +922,39 @@ cdef int64_t others_rows(tuple counts, comm):
     return sum(counts) - sum(counts[comm.rank :: comm.size])
 
 
+cdef int64_t crossing_rows(comm, sizes):
+    """Of all chunks, one way or the other, whichever are more."""
+    return max(others_rows(sizes.sent, comm), others_rows(sizes.received, comm))
+
+
+def room_beside(comm, sizes, row_bytes):
+    """(multiprocessors, FLOP): what a product beside the tokens' exchange leaves to it, and for how long."""
+    return comm.multiprocessors, FLOPS_A_BYTE * crossing_rows(comm, sizes) * row_bytes
+
+
 # --- combine ---
 
-def _combine(layer, rows, dispatched):
+def _start_combine(layer, rows, dispatched):
     cdef Array source = view(rows, "rows")
     check_shape(source, "rows", "[N, width]", -1, -1)
     check_floating(source, "rows")
     sizes = dispatched.sizes
     check_shape(source, "rows", "[N, width]", sum(sizes.received), -1)
-    cdef _Plans plans = layer._plans
-    cdef RoutingParts sending = plans.sending(dispatched, router_dtype(source))
     cdef Space space = space_of(rows, source)
-    backend = backend_for(space)
     (returned,), transfers = landing_of(layer, space, dispatched, [source], layer._steps["combine"])
+    # with chunks the last one is under way, the others are home
+    room = room_beside(layer.comm, sizes, source.dims[1] * itemsize(source.dtype) / layer.ep_chunks)
+    return Combining(space.export(returned), rows, transfers, room)
+
+
+def _finish_combine(layer, combining, dispatched):
+    cdef Array returned = view(combining.packed, "combining.packed")
+    sizes = dispatched.sizes
+    check_shape(returned, "combining.packed", "[num_sent, width]", sum(sizes.sent), -1)
+    cdef _Plans plans = layer._plans
+    cdef RoutingParts sending = plans.sending(dispatched, router_dtype(returned))
+    cdef Space space = space_of(combining.packed, returned)
+    backend = backend_for(space)
     # The group's losses come last, as nothing waits for them: their sums cross while the tokens are summed.
     cdef Array sums = None, balance, routing
     cdef int64_t E = layer.config.num_experts
@@ -925,9 +968,9 @@ def _combine(layer, rows, dispatched):
             [(balance_of(routing, E), balance), (sums_part(sums, 0, E), sums_part(sums, 1, E))],
             layer._steps["losses"],
         )
-    for transfer in transfers:
+    for transfer in combining.transfers:
         transfer.wait()
-    cdef Array output = space.empty((sizes.tokens, source.dims[1]), source.dtype)
+    cdef Array output = space.empty((sizes.tokens, returned.dims[1]), returned.dtype)
     backend.combine(space, returned, sending.token_rows, None, output)
     if sums is not None:
         summing.wait()
@@ -938,7 +981,7 @@ def _combine(layer, rows, dispatched):
     return space.export(output)
 
 
-def _combine_backward(layer, grad_output, dispatched):
+def _start_combine_backward(layer, grad_output, dispatched):
     cdef Array d_out = view(grad_output, "grad_output")
     step, sizes = layer._steps["combine backward"], dispatched.sizes
     check_shape(d_out, "grad_output", "[T, width]", sizes.tokens, -1)
@@ -954,9 +997,7 @@ def _combine_backward(layer, grad_output, dispatched):
         exchange_chunk(layer.comm, space, [(packed, d_rows)], sizes.sent, sizes.received, chunk, step)
         for chunk in range(layer.ep_chunks)
     ]
-    if dispatched.underway is None:
-        for transfer in transfers:
-            transfer.wait()
-    else:
-        dispatched.underway.arriving = transfers
-    return space.export(d_rows)
+    if dispatched.underway is not None:
+        dispatched.underway.arriving, transfers = transfers, ()  # the experts wait for each
+    room = room_beside(layer.comm, sizes, width * itemsize(d_out.dtype))
+    return Combining(space.export(packed), space.export(d_rows), transfers, room)

@@ -1,7 +1,14 @@
+import math
 from typing import Any
 
 def glu_up(
-    x: Any, w_up: Any, activation: str = "swiglu", *, keep_z: bool = True, spared: int = 0
+    x: Any,
+    w_up: Any,
+    activation: str = "swiglu",
+    *,
+    keep_z: bool = True,
+    spared: int = 0,
+    spared_flop: float = math.inf,
 ) -> tuple[Any, Any]:
     """The first half of a dense GLU block: ``z = x @ w_up.T`` and ``a = act(z[:, :J]) * z[:, J:]``.
 
@@ -10,15 +17,16 @@ def glu_up(
     of x's dtype; z is what backward needs, and None with ``keep_z=False``. Accumulates in float32 (float64), and
     a comes from the unrounded z. Nothing waits for the device.
 
-    ``spared``: multiprocessors of a Hopper GPU that the products leave to other work, such as an exchange between
-    GPUs. Other devices have no use for it.
+    ``spared``: multiprocessors of a Hopper GPU that the product leaves to other work, such as an exchange between
+    GPUs, for its first ``spared_flop`` floating-point operations: that many it can do until the other work is over.
+    The rest is launched by itself, and takes all of them. Other devices have no use for it.
 
     Raises ShapeError, DTypeError, DeviceError, LayoutError for arrays that do not fit, ConfigError for an unknown
-    activation and a ``spared`` out of range, OutOfMemoryError, and MissingDependencyError for arrays on a GPU without
-    CuPy.
+    activation, and a ``spared`` or ``spared_flop`` out of range, OutOfMemoryError, and MissingDependencyError for
+    arrays on a GPU without CuPy.
     """
 
-def glu_down(a: Any, w_down: Any, *, spared: int = 0) -> Any:
+def glu_down(a: Any, w_down: Any, *, spared: int = 0, spared_flop: float = math.inf) -> Any:
     """The second half: ``a @ w_down.T``, [T, H] in the dtype of a, for a [T, J] and w_down [H, J].
 
     See ``glu_up`` for the rest.
@@ -32,21 +40,23 @@ def glu_down_backward(
     *,
     weight_grad: bool = True,
     spared: int = 0,
+    spared_flop: float = math.inf,
 ) -> tuple[Any, Any]:
     """Gradients of ``glu_down(a, w_down)`` for the z that a is made of: (dz [T, 2J], dw_down [H, J]).
 
     grad_output [T, H]; z [T, 2J] as ``glu_up`` gave it, w_down [H, J], both of grad_output's dtype, and so are the
-    results. a is computed again from z. dw_down is None with ``weight_grad=False``.
+    results. a is computed again from z. dw_down is None with ``weight_grad=False``; its product spares none, and makes
+    do with the multiprocessors that it finds.
 
     See ``glu_up`` for the rest.
     """
 
 def glu_up_backward(
-    dz: Any, x: Any, w_up: Any, *, x_grad: bool = True, weight_grad: bool = True, spared: int = 0
+    dz: Any, x: Any, w_up: Any, *, x_grad: bool = True, weight_grad: bool = True
 ) -> tuple[Any, Any]:
     """Gradients of ``z`` in ``glu_up(x, w_up)``: (dx [T, H], dw_up [2J, H]), in the dtype of x.
 
     dz [T, 2J] as ``glu_down_backward`` gives it. dx is None with ``x_grad=False``, dw_up with ``weight_grad=False``.
 
-    See ``glu_up`` for the rest.
+    Raises the errors of ``glu_up``.
     """

@@ -3,6 +3,8 @@
 The mathematics is that of moe.pyx with one expert whose rows are the tokens, all of weight 1.
 """
 
+import math
+
 from libc.stdint cimport int64_t
 
 from .arrays cimport INT32, UINT8, Array, Space, itemsize, padded, space_of, view
@@ -12,38 +14,55 @@ from .backend import backend_for
 from .config import ACTIVATIONS
 from .errors import ConfigError, ShapeError
 
+cdef enum:
+    OFFSETS_BYTES = 12
+    # Pieces end where tiles do, and a second one has so many of that size at least.
+    PIECE_ROWS = 256
+    MORE_PIECES = 4
 
-def glu_up(x, w_up, activation="swiglu", *, keep_z=True, spared=0):
+
+def glu_up(x, w_up, activation="swiglu", *, keep_z=True, spared=0, spared_flop=math.inf):
     """The up-projection and its activation. See glu.pyi for shapes, dtypes and errors."""
     cdef Array tokens = tokens_of(x, "x", "[T, d_model]"), weight = view(w_up, "w_up")
     cdef int64_t T = tokens.dims[0], H = tokens.dims[1]
     cdef int64_t J = check_up(weight, tokens, "x")
     check_activation(activation)
-    cdef Space space = sparing(space_of(x, tokens), spared)
+    cdef Space space = space_of(x, tokens)
     backend = backend_for(space)
     cdef Array a = space.empty((T, J), tokens.dtype), z = None
     if keep_z:
         z = space.empty((T, 2 * J), tokens.dtype)
-    cdef Array offsets = one_group(backend, space, space.empty((8,), UINT8), T)
-    backend.grouped_glu(space, tokens, weight.at(0, (1, 2 * J, H), weight.dtype), offsets, None, activation, z, a)
+    cdef Pieces pieces = Pieces(spared, spared_flop, T, 4.0 * H * J)
+    cdef Array offsets = pieces.offsets(backend, space, space.empty((OFFSETS_BYTES,), UINT8))
+    for piece in pieces.each(space):
+        backend.grouped_glu(
+            space, tokens, weight.at(0, (1, 2 * J, H), weight.dtype), offsets, None, activation, z, a,
+            pieces.count, piece,
+        )
     return space.export(a), None if z is None else space.export(z)
 
 
-def glu_down(a, w_down, *, spared=0):
+def glu_down(a, w_down, *, spared=0, spared_flop=math.inf):
     """The down-projection. See glu.pyi for shapes, dtypes and errors."""
     cdef Array rows = tokens_of(a, "a", "[T, width]"), weight = view(w_down, "w_down")
     cdef int64_t T = rows.dims[0], J = rows.dims[1]
     check_down(weight, -1, J, rows, "a")
     cdef int64_t H = weight.dims[0]
-    cdef Space space = sparing(space_of(a, rows), spared)
+    cdef Space space = space_of(a, rows)
     backend = backend_for(space)
     cdef Array output = space.empty((T, H), rows.dtype)
-    cdef Array offsets = one_group(backend, space, space.empty((8,), UINT8), T)
-    backend.grouped_gemm(space, rows, weight.at(0, (1, H, J), weight.dtype), offsets, None, True, output)
+    cdef Pieces pieces = Pieces(spared, spared_flop, T, 2.0 * H * J)
+    cdef Array offsets = pieces.offsets(backend, space, space.empty((OFFSETS_BYTES,), UINT8))
+    for piece in pieces.each(space):
+        backend.grouped_gemm(
+            space, rows, weight.at(0, (1, H, J), weight.dtype), offsets, None, True, output, pieces.count, piece
+        )
     return space.export(output)
 
 
-def glu_down_backward(grad_output, z, w_down, activation="swiglu", *, weight_grad=True, spared=0):
+def glu_down_backward(
+    grad_output, z, w_down, activation="swiglu", *, weight_grad=True, spared=0, spared_flop=math.inf
+):
     """Back through the down-projection and the activation. See glu.pyi for shapes, dtypes and errors."""
     cdef Array d_out = tokens_of(grad_output, "grad_output", "[T, d_model]"), weight = view(w_down, "w_down")
     cdef int64_t T = d_out.dims[0], H = d_out.dims[1]
@@ -53,26 +72,29 @@ def glu_down_backward(grad_output, z, w_down, activation="swiglu", *, weight_gra
     check_shape(kept, "z", "[T, 2 * width]", T, 2 * J)
     check_like(kept, "z", d_out, "grad_output")
     check_activation(activation)
-    cdef Space space = sparing(space_of(grad_output, d_out), spared)
+    cdef Space space = space_of(grad_output, d_out)
     backend = backend_for(space)
+    cdef Pieces pieces = Pieces(spared, spared_flop, T, 2.0 * H * J)
     cdef int W = router_dtype(d_out)
-    cdef int64_t ones_at = padded(8), dp_at = ones_at + padded(T * itemsize(W))
+    cdef int64_t ones_at = padded(OFFSETS_BYTES), dp_at = ones_at + padded(T * itemsize(W))
     cdef int64_t a_at = dp_at + padded(T * itemsize(W))
     cdef Array scratch = space.empty((a_at + T * J * itemsize(d_out.dtype),), UINT8)
-    cdef Array offsets = one_group(backend, space, scratch, T)
+    cdef Array offsets = pieces.offsets(backend, space, scratch)
     cdef Array ones = scratch.at(ones_at, (T,), W), dp = scratch.at(dp_at, (T,), W)
     cdef Array a = scratch.at(a_at, (T, J), d_out.dtype)
     cdef Array dz = space.empty((T, 2 * J), d_out.dtype), dw_down = None
     backend.fill(space, ones, 1.0)
-    backend.grouped_glu_backward(
-        space, d_out, weight.at(0, (1, H, J), weight.dtype), offsets, None, ones, kept, activation, dz, a, dp
-    )
+    for piece in pieces.each(space):
+        backend.grouped_glu_backward(
+            space, d_out, weight.at(0, (1, H, J), weight.dtype), offsets, None, ones, kept, activation, dz, a, dp,
+            pieces.count, piece,
+        )
     if weight_grad:
-        dw_down = wgrad(backend, space, d_out, a, offsets)
+        dw_down = wgrad(backend, space, d_out, a, offsets, pieces.count)
     return space.export(dz), None if dw_down is None else space.export(dw_down)
 
 
-def glu_up_backward(dz, x, w_up, *, x_grad=True, weight_grad=True, spared=0):
+def glu_up_backward(dz, x, w_up, *, x_grad=True, weight_grad=True):
     """Back through the up-projection. See glu.pyi for shapes, dtypes and errors."""
     cdef Array tokens = tokens_of(x, "x", "[T, d_model]"), weight = view(w_up, "w_up")
     cdef int64_t T = tokens.dims[0], H = tokens.dims[1]
@@ -80,31 +102,65 @@ def glu_up_backward(dz, x, w_up, *, x_grad=True, weight_grad=True, spared=0):
     cdef Array rows = view(dz, "dz")
     check_shape(rows, "dz", "[T, 2 * width]", T, 2 * J)
     check_like(rows, "dz", tokens, "x")
-    cdef Space space = sparing(space_of(dz, rows), spared)
+    cdef Space space = space_of(dz, rows)
     backend = backend_for(space)
-    cdef Array offsets = one_group(backend, space, space.empty((8,), UINT8), T)
+    cdef Pieces whole = Pieces(0, 0.0, T, 0.0)
+    cdef Array offsets = whole.offsets(backend, space, space.empty((OFFSETS_BYTES,), UINT8))
     cdef Array dx = None, dw_up = None
     if x_grad:
         dx = space.empty((T, H), tokens.dtype)
         backend.grouped_gemm(space, rows, weight.at(0, (1, 2 * J, H), weight.dtype), offsets, None, False, dx)
     if weight_grad:
-        dw_up = wgrad(backend, space, rows, tokens, offsets)
+        dw_up = wgrad(backend, space, rows, tokens, offsets, whole.count)
     return None if dx is None else space.export(dx), None if dw_up is None else space.export(dw_up)
 
 
-cdef Array one_group(backend, Space space, Array scratch, int64_t num_rows):
-    """The expert_offsets [0, num_rows], at the start of ``scratch``. They never pass through the host."""
-    cdef Array offsets = scratch.at(0, (2,), INT32)
-    backend.fill(space, offsets.at(0, (1,), INT32), 0)
-    backend.fill(space, offsets.at(4, (1,), INT32), num_rows)
-    return offsets
+cdef class Pieces:
+    """A product's rows, of which those of the first piece leave multiprocessors to others.
+
+    They are the group's rows in chunks, as the stages have them: one where all are alike.
+    """
+
+    cdef int spared
+    cdef int count
+    cdef int64_t num_rows, first  # rows of the first piece
+
+    def __cinit__(self, object spared, object spared_flop, int64_t num_rows, double flop_a_row):
+        if isinstance(spared, bool) or not isinstance(spared, int) or not 0 <= spared < 1 << 16:
+            raise ConfigError(f"spared={spared!r} must be an int from 0 to {(1 << 16) - 1}")
+        if isinstance(spared_flop, bool) or not isinstance(spared_flop, (int, float)) or not spared_flop >= 0:
+            raise ConfigError(f"spared_flop={spared_flop!r} must be a number of at least 0")
+        self.spared = spared if spared_flop > 0 else 0
+        self.num_rows = self.first = num_rows
+        self.count = 1
+        if self.spared == 0 or spared_flop >= num_rows * flop_a_row:
+            return
+        cdef int64_t first = (<int64_t>(<double>spared_flop / flop_a_row) + PIECE_ROWS - 1) // PIECE_ROWS * PIECE_ROWS
+        # a launch for a few rows costs more than what they would spare in vain
+        if num_rows - first >= PIECE_ROWS * MORE_PIECES:
+            self.first = first
+            self.count = 2
+
+    cdef Array offsets(self, backend, Space space, Array scratch):
+        """expert_offsets of the one group, at the start of ``scratch``. They never pass through the host."""
+        cdef list ends = [0, self.first, self.num_rows][: self.count] + [self.num_rows]
+        for i, row in enumerate(ends):
+            backend.fill(space, scratch.at(4 * i, (1,), INT32), row)
+        return scratch.at(0, (self.count + 1,), INT32)
+
+    def each(self, Space space):
+        """The pieces' numbers, one after the other, with ``space`` made ready for products of each."""
+        for piece in range(self.count):
+            space.spared = self.spared if piece == 0 else 0
+            yield piece
+        space.spared = 0
 
 
-cdef Array wgrad(backend, Space space, Array a, Array b, Array offsets):
-    """[M, N] of a [T, M] and b [T, N]."""
+cdef Array wgrad(backend, Space space, Array a, Array b, Array offsets, int pieces):
+    """[M, N] of a [T, M] and b [T, N]. Its blocks draw their tiles: they need not leave room to what is running."""
     cdef Array gradient = space.empty((a.dims[1], b.dims[1]), a.dtype)
     backend.grouped_gemm_wgrad(
-        space, a, b, offsets, None, None, gradient.at(0, (1, a.dims[1], b.dims[1]), a.dtype), False
+        space, a, b, offsets, None, None, gradient.at(0, (1, a.dims[1], b.dims[1]), a.dtype), False, 1.0, pieces
     )
     return gradient
 
@@ -140,11 +196,3 @@ def check_activation(activation):
     if activation not in ACTIVATIONS:
         known = ", ".join(map(repr, ACTIVATIONS))
         raise ConfigError(f"activation={activation!r} is unknown; known: {known}")
-
-
-cdef Space sparing(Space space, object multiprocessors):
-    """``space``, whose products leave so many multiprocessors to others."""
-    if isinstance(multiprocessors, bool) or not isinstance(multiprocessors, int) or not 0 <= multiprocessors < 1 << 16:
-        raise ConfigError(f"spared={multiprocessors!r} must be an int from 0 to {(1 << 16) - 1}")
-    space.spared = multiprocessors
-    return space

@@ -6,7 +6,7 @@ up-projection before its activation: a, what the down-projection reads, is compu
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +17,16 @@ from ffmoe_core import glu_down, glu_down_backward, glu_up, glu_up_backward
 from .functional import as_tokens, autocast_all, no_second_derivative, nothing_between
 
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Spared(NamedTuple):
+    """What products leave to an exchange that they run beside; see ``ffmoe_core.glu_up``."""
+
+    multiprocessors: int = 0
+    flop: float = 0.0  # of each product, in forward and in backward
+
+
+NOTHING_SPARED = Spared()
 
 
 def serves(x: Tensor, w_up: Tensor, w_down: Tensor) -> bool:
@@ -35,30 +45,33 @@ def serves(x: Tensor, w_up: Tensor, w_down: Tensor) -> bool:
 
 
 def start_glu(
-    x: Tensor, w_up: Tensor, w_down: Tensor, activation: str, spared: int = 0
+    x: Tensor, w_up: Tensor, w_down: Tensor, activation: str, spared: Spared = NOTHING_SPARED
 ) -> Callable[[], Tensor]:
     """Launches the up-projection of x [*, H]; what it returns launches the rest, and gives the output [*, H].
 
-    w_up [2J, H] and w_down [H, J] of x's dtype; under autocast all are cast to its dtype. ``spared``: see
-    ``ffmoe_core.glu_up``, here in backward, too. Raises the errors of ``glu_up`` and ``glu_down``. A second derivative
-    raises UnsupportedError.
+    w_up [2J, H] and w_down [H, J] of x's dtype; under autocast all are cast to its dtype. ``spared`` is so by the
+    up-projection, by the rest, and in backward by the first product, that of dz. Raises the errors of ``glu_up`` and
+    ``glu_down``. A second derivative raises UnsupportedError.
     """
     shape = x.shape
     tokens, up, down = (
         tensor.contiguous() for tensor in autocast_all(as_tokens(x, "x", w_up.shape[1]), w_up, w_down)
     )
     if not torch.is_grad_enabled() or not (tokens.requires_grad or up.requires_grad or down.requires_grad):
-        a, _ = glu_up(tokens, up, activation, keep_z=False, spared=spared)
-        return lambda: glu_down(a, down, spared=spared).view(shape)
+        a, _ = glu_up(tokens, up, activation, keep_z=False, **_options(spared))
+        return lambda: glu_down(a, down, **_options(spared)).view(shape)
     z, a = _Up.apply(tokens, up, activation, spared)
     return lambda: _Down.apply(z, a, down, activation, spared).view(shape)
 
 
+def _options(spared: Spared) -> dict[str, Any]:
+    return {"spared": spared.multiprocessors, "spared_flop": spared.flop}
+
+
 class _Up(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w_up: Tensor, activation: str, spared: int) -> tuple[Tensor, Tensor]:
-        a, z = glu_up(x, w_up, activation, spared=spared)
-        ctx.spared = spared
+    def forward(ctx: Any, x: Tensor, w_up: Tensor, activation: str, spared: Spared) -> tuple[Tensor, Tensor]:
+        a, z = glu_up(x, w_up, activation, **_options(spared))
         ctx.save_for_backward(x, w_up)
         ctx.mark_non_differentiable(a)  # its gradient is part of z's
         ctx.set_materialize_grads(False)
@@ -71,17 +84,17 @@ class _Up(torch.autograd.Function):
             return None, None, None, None
         x, w_up = ctx.saved_tensors
         x_grad, weight_grad, *_ = ctx.needs_input_grad
-        function = partial(glu_up_backward, x_grad=x_grad, weight_grad=weight_grad, spared=ctx.spared)
+        function = partial(glu_up_backward, x_grad=x_grad, weight_grad=weight_grad)
         return *_gradients(function, dz, x, w_up), None, None
 
 
 class _Down(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, a: Tensor, w_down: Tensor, activation: str, spared: int) -> Tensor:
+    def forward(ctx: Any, z: Tensor, a: Tensor, w_down: Tensor, activation: str, spared: Spared) -> Tensor:
         ctx.activation, ctx.spared = activation, spared
         ctx.save_for_backward(z, w_down)
         ctx.set_materialize_grads(False)
-        return glu_down(a, w_down, spared=spared)
+        return glu_down(a, w_down, **_options(spared))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -93,7 +106,7 @@ class _Down(torch.autograd.Function):
             glu_down_backward,
             activation=ctx.activation,
             weight_grad=ctx.needs_input_grad[2],
-            spared=ctx.spared,
+            **_options(ctx.spared),
         )
         dz, dw_down = _gradients(function, d_out.contiguous(), z, w_down)
         return dz, None, dw_down, None, None

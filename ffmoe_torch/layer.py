@@ -30,7 +30,7 @@ from .functional import (
     routed_experts,
 )
 from .sharded import ShardedExperts
-from .shared_expert import SharedExpert, beside
+from .shared_expert import SharedExpert, beside_exchanges, on_a_side_stream
 from .stats import MoEStats, tokens_per_expert
 
 AUX_MODES = ("return", "inject")
@@ -235,7 +235,11 @@ class MoELayer(nn.Module):
             tokens, mask, weight_sums = self._arguments(x, valid_mask, w_up, w_down)
         else:
             tokens, mask, weight_sums = self._sharded.telling(self._arguments, x, valid_mask, w_up, w_down)
-        start_shared = None if self.shared_expert is None else beside(self.shared_expert, tokens)
+        expert, shared, start_shared = self.shared_expert, None, None
+        if expert is not None and self._sharded is None:
+            shared = on_a_side_stream(expert, tokens)
+        elif expert is not None:
+            start_shared = beside_exchanges(expert, tokens)
         router_input = None
         if self.jitter and self.training:
             noise = torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
@@ -244,7 +248,6 @@ class MoELayer(nn.Module):
         buffers = self._buffers
         gate_weight = _parameter(self._modules["gate"], "weight")
         if self._sharded is None:
-            shared = None if start_shared is None else start_shared(0)()
             routed = self._through_latent(tokens)
             if router_input is None and routed is not tokens:
                 router_input = tokens

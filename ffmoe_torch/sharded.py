@@ -1,7 +1,8 @@
 """The routed experts of a layer that are spread over ranks, for torch's autograd.
 
-Three functions, so that torch's own operations can stand between them: dispatch, experts, combine. The experts'
-weights are inputs of the first, whose gradient runs last: theirs are computed while the tokens' are on their way.
+Four functions, so that torch's own operations can stand between them: dispatch, experts, and combine in two halves.
+The experts' weights are inputs of the first, whose gradient runs last: theirs are computed while the tokens' are on
+their way. What stands between the halves of combine runs beside its exchange, in forward and in backward.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +18,9 @@ from ffmoe_core import ExpertParallel, expert_range
 from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import Communicator, Step
 from ffmoe_core.errors import CommError, ConfigError
-from ffmoe_core.expert_parallel import Dispatched, Sizes, Underway
+from ffmoe_core.expert_parallel import Combining, Dispatched, Sizes, Underway
 
+from .dense_glu import Spared
 from .functional import autocast_all, refuse_functorch, refuse_tangents
 
 GRAD_REDUCTIONS = ("mean", "sum")
@@ -83,13 +85,13 @@ class ShardedExperts:
         proj_down: nn.Module | None,
         proj_up: nn.Module | None,
         weight_sums: Mapping[str, Tensor],
-        start_beside: Callable[[int], Callable[[], Any]] | None,
+        start_beside: Callable[[Spared], Callable[[], Any]] | None,
     ) -> ShardedOutput:
         """The routed experts' output for tokens [T, H]. With projections, what crosses is as narrow as they are.
 
         ``weight_sums`` as for ``routed_experts``. ``finish = start_beside(spared)`` is called when the tokens are on
-        their way, and launches what can run until they are there; ``finish()`` does so before the rows go home. Both
-        leave that many multiprocessors to the exchange.
+        their way, and launches what can run until they are there; ``finish()`` does so when the rows are on their way
+        home. Both leave the exchange what is ``spared``.
         """
         wire = tokens
         self.telling(_refuse_transforms, tokens, router_input, gate_weight, w_up, w_down)
@@ -108,9 +110,10 @@ class ShardedExperts:
         rows = _Experts.apply(call, received, weights, w_up.detach(), w_down.detach(), received.requires_grad)
         if proj_down is not None:
             (rows,) = autocast_all(self.telling(proj_down, rows))
-        # Ahead of combine, which backward so comes to first: it starts an exchange there, beside which this runs.
+        # Backward comes to what is between them when the second has started an exchange, and before the first waits.
+        returned = _StartCombine.apply(call, rows)
         beside = self.telling(call.finish_beside)
-        output = _Combine.apply(call, rows)
+        output = _FinishCombine.apply(call, returned)
         dispatched = call.take()
         if proj_up is not None:
             output = self.telling(proj_up, output)
@@ -163,7 +166,7 @@ class _Call:
         self,
         sharded: ShardedExperts,
         weight_sums: Mapping[str, Tensor],
-        start_beside: Callable[[int], Callable[[], Any]] | None,
+        start_beside: Callable[[Spared], Callable[[], Any]] | None,
     ) -> None:
         self._start_beside = start_beside
         self._finish_beside: Callable[[], Any] | None = None  # what it returned
@@ -177,14 +180,15 @@ class _Call:
         # with the number of their backward pass: one that ends between experts and dispatch leaves them behind
         self.weight_gradients: tuple[int, Callable[..., Callable[[], WeightGradients]]] | None = None
         self.underway: tuple[int, Underway] | None = None
+        self.combining: Combining | None = None  # between its halves, in forward and in backward
 
-    def start(self) -> None:
+    def start(self, multiprocessors: int, flop: float) -> None:
         """Launches what runs beside the dispatch; autograd, which is off inside of a function, records it."""
         start, self._start_beside = self._start_beside, None
         if start is not None:
             try:
                 with torch.set_grad_enabled(self._records):
-                    self._finish_beside = start(self.expert_parallel.comm.multiprocessors)
+                    self._finish_beside = start(Spared(multiprocessors, flop))
             except _StopRecomputationError as stop:  # no failure, and the dispatch is under way
                 self._stopped = stop
 
@@ -194,9 +198,16 @@ class _Call:
             raise self._stopped
 
     def finish_beside(self) -> Any:
-        """Launches what runs beside the combine."""
+        """Launches what runs while the rows are on their way home."""
         finish, self._finish_beside = self._finish_beside, None
-        return None if finish is None else finish()
+        try:
+            return None if finish is None else finish()
+        except (
+            _StopRecomputationError
+        ):  # no failure, and what is on its way has memory until it is waited for
+            for transfer in self.take_combining().transfers:
+                transfer.wait()
+            raise
 
     def start_backward(self) -> None:
         """With chunks the functions' gradients hand each other what they have started."""
@@ -209,6 +220,11 @@ class _Call:
         if graph_task != _graph_task():
             underway = None
         return Dispatched(**_NOTHING | parts | {"sizes": self.sizes, "underway": underway})
+
+    def take_combining(self) -> Combining:
+        combining, self.combining = self.combining, None
+        assert combining is not None
+        return combining
 
     def take(self) -> Dispatched:
         """What was dispatched: backward has what it needs in autograd's keeping, which knows when to let go."""
@@ -314,13 +330,37 @@ class _Experts(torch.autograd.Function):
         return None, d_received, d_weights, None, None, None
 
 
-class _Combine(torch.autograd.Function):
+class _StartCombine(torch.autograd.Function):
+    """Rows to where they land, which is for the second half to read."""
+
     @staticmethod
     def forward(ctx: Any, call: _Call, rows: Tensor) -> Tensor:
         assert call.dispatched is not None
         ctx.call = call
+        call.combining = call.expert_parallel.start_combine(rows.contiguous(), call.dispatched)
+        returned: Tensor = call.combining.packed
+        return returned
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        d_rows = call.expert_parallel.finish_combine_backward(call.take_combining())
+        underway = call.dispatched_again().underway
+        if underway is not None and torch.is_anomaly_check_nan_enabled():
+            # autograd looks for NaN among the rows at once
+            for transfer in underway.take_arriving():
+                transfer.wait()
+        return None, d_rows
+
+
+class _FinishCombine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, returned: Tensor) -> Tensor:
+        assert call.dispatched is not None
+        ctx.call = call
         ctx.save_for_backward(call.dispatched.sending)
-        return call.expert_parallel.combine(rows.contiguous(), call.dispatched)
+        return call.expert_parallel.finish_combine(call.take_combining(), call.dispatched)
 
     @staticmethod
     @once_differentiable
@@ -329,9 +369,5 @@ class _Combine(torch.autograd.Function):
         call.start_backward()
         (sending,) = ctx.saved_tensors
         dispatched = call.dispatched_again(sending=sending)
-        d_rows = call.expert_parallel.combine_backward(grads[0].contiguous(), dispatched)
-        if dispatched.underway is not None and torch.is_anomaly_check_nan_enabled():
-            # autograd looks for NaN among the rows at once
-            for transfer in dispatched.underway.take_arriving():
-                transfer.wait()
-        return None, d_rows
+        call.combining = call.expert_parallel.start_combine_backward(grads[0].contiguous(), dispatched)
+        return None, call.combining.packed

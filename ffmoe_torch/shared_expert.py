@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .dense_glu import serves, start_glu
+from .dense_glu import NOTHING_SPARED, Spared, serves, start_glu
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -50,10 +50,10 @@ class SharedExpert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.start(x)()
 
-    def start(self, x: Tensor, spared: int = 0) -> Callable[[], Tensor]:
+    def start(self, x: Tensor, spared: Spared = NOTHING_SPARED) -> Callable[[], Tensor]:
         """Launches the up-projection; what it returns launches the rest, and gives the output.
 
-        ``spared``: multiprocessors that products of the runtime leave to an exchange.
+        ``spared`` is what products of the runtime leave to an exchange.
         """
         if serves(x, self.w_up, self.w_down):
             return start_glu(x, self.w_up, self.w_down, self.activation, spared)
@@ -68,48 +68,53 @@ class SharedExpert(nn.Module):
 
 Join = Callable[[], Tensor]
 Finish = Callable[[], Join]
-Start = Callable[[int], Finish]
+Start = Callable[[Spared], Finish]
 
 
-def beside(expert: nn.Module, x: Tensor) -> Start:
-    """``start = beside(expert, x)``, ``finish = start(spared)``, ``join = finish()``, ``output = join()``.
+def on_a_side_stream(expert: nn.Module, x: Tensor) -> Join:
+    """Launches the expert beside what the caller launches until ``output = join()``.
 
-    On a GPU the expert runs on a side stream, beside what the caller launches meanwhile. ``start`` launches its
-    up-projection, which waits for what was launched before ``beside`` was called, where x is there, and not for what
-    came since, such as an exchange. ``finish`` launches the rest, which waits for all that was launched before. Both
-    leave ``spared`` multiprocessors free. On a CPU, and in a compiled graph, which orders its work itself, ``join``
-    computes all of it.
+    On a CPU, and in a compiled graph, which orders its work itself, ``join`` computes it.
     """
     if not x.is_cuda or torch.compiler.is_compiling():
-        return lambda spared: lambda: lambda: expert(x)
+        return lambda: expert(x)
     current, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
-    ready = current.record_event()
+    side.wait_stream(current)
+    # Backward reads x on the side stream and may be the last to do so.
+    x.record_stream(side)
+    with torch.cuda.stream(side):
+        output = expert(x)
 
-    def start(spared: int) -> Finish:
-        side.wait_event(ready)
-        # Backward reads x on the side stream and may be the last to do so.
-        x.record_stream(side)
-        with torch.cuda.stream(side):
-            launch_rest = _start(expert, x, spared)
+    def join() -> Tensor:
+        current.wait_stream(side)
+        output.record_stream(current)
+        return output
+
+    return join
+
+
+def beside_exchanges(expert: nn.Module, x: Tensor) -> Start:
+    """``finish = start(spared)``, ``join = finish()``, ``output = join()``.
+
+    On a GPU ``start`` launches the up-projection and ``finish`` the rest, on the caller's stream: while an exchange is
+    under way, which has one of its own, and ahead of what waits for it. On a CPU ``join`` computes all of it.
+    """
+    if not x.is_cuda:
+        return lambda spared: lambda: lambda: expert(x)
+
+    def start(spared: Spared) -> Finish:
+        launch_rest = _start(expert, x, spared)
 
         def finish() -> Join:
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                output = launch_rest()
-
-            def join() -> Tensor:
-                current.wait_stream(side)
-                output.record_stream(current)
-                return output
-
-            return join
+            output = launch_rest()
+            return lambda: output
 
         return finish
 
     return start
 
 
-def _start(expert: nn.Module, x: Tensor, spared: int) -> Callable[[], Tensor]:
+def _start(expert: nn.Module, x: Tensor, spared: Spared) -> Callable[[], Tensor]:
     """``expert.start(x, spared)``, but the whole of a module whose call somebody is to see."""
     if isinstance(expert, SharedExpert) and not _watched(expert):
         return expert.start(x, spared)

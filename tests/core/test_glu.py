@@ -25,7 +25,7 @@ def both_ways(x, w_up, w_down, d_out, activation="swiglu", **options):
     """Everything that the four functions return, by name."""
     a, z = glu_up(x, w_up, activation, **options)
     dz, dw_down = glu_down_backward(d_out, z, w_down, activation, **options)
-    dx, dw_up = glu_up_backward(dz, x, w_up, **options)
+    dx, dw_up = glu_up_backward(dz, x, w_up)
     output = glu_down(a, w_down, **options)
     return {"z": z, "a": a, "output": output, "dz": dz, "dw_down": dw_down, "dx": dx, "dw_up": dw_up}
 
@@ -58,7 +58,7 @@ def test_output_and_gradients(kind, poisoned, sizes, dtype, activation):
         assert array.dtype == arrays[0].dtype
         assert_close(numbers(kind, array), want[name], dtype, name)
     assert before == [bits(kind, array) for array in arrays]
-    again = both_ways(*arrays, activation, spared=2)
+    again = both_ways(*arrays, activation, spared=2)  # all of a product's rows
     assert all(bits(kind, got[name]) == bits(kind, again[name]) for name in got)
 
 
@@ -78,24 +78,55 @@ def test_what_is_not_wanted_is_none(kind):
         assert dw_up is None or bits(kind, dw_up) == bits(kind, full["dw_up"])
 
 
-def test_the_products_spare_multiprocessors(kind, monkeypatch):
-    """All of them, and none where none was asked for."""
+@pytest.fixture
+def spared(kind, monkeypatch):
+    """What each product left free, and which of how many pieces of its rows it was."""
     arrays = [kind.array(value, "float32") for value in block(5, 8, 6, "float32")]
     backend, seen = backend_for(as_array(arrays[0])[1]), []
 
     def watched(stage):
         def call(space: Space, *arguments):
-            seen.append(space.spared)
+            seen.append(
+                (
+                    space.spared,
+                    *(arguments[-2:] if stage.__name__ != "grouped_gemm_wgrad" else arguments[-1:]),
+                )
+            )
             stage(space, *arguments)
 
         return call
 
     for name in ("grouped_glu", "grouped_gemm", "grouped_glu_backward", "grouped_gemm_wgrad"):
         monkeypatch.setattr(backend, name, staticmethod(watched(getattr(backend, name))))
-    for spared in (3, 0):
-        seen.clear()
-        both_ways(*arrays, spared=spared)
-        assert seen == [spared] * 6
+    return seen
+
+
+def test_products_of_rows_spare_multiprocessors(kind, spared):
+    """Where asked to; the gradients of weights, and what runs beside no exchange, never do."""
+    arrays = [kind.array(value, "float32") for value in block(5, 8, 6, "float32")]
+    for count in (3, 0):
+        spared.clear()
+        both_ways(*arrays, spared=count)
+        assert [each[0] for each in spared] == [count, count, 0, 0, 0, count]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_rows_alone_spare_multiprocessors(kind, spared, dtype):
+    """The same bits; a few rows more or less than asked for, as a launch for a few is not worth it."""
+    T, H, J = 2100, 8, 16
+    arrays = [kind.array(value, dtype) for value in block(T, H, J, dtype)]
+    whole = both_ways(*arrays)
+    spared.clear()
+    a_row = 2 * H * J
+    parts = both_ways(*arrays, spared=3, spared_flop=a_row * 600)
+    assert [each[0] for each in spared] == [3, 0, 3, 0, 0, 0, 0, 3, 0]
+    assert spared[0] == (3, 2, 0)
+    assert spared[1] == (0, 2, 1)
+    assert all(bits(kind, whole[name]) == bits(kind, parts[name]) for name in whole)
+    for flop, count in ((a_row * 1500, 3), (a_row * T, 3), (0.0, 0)):
+        spared.clear()
+        glu_down(whole["a"], arrays[2], spared=3, spared_flop=flop)
+        assert spared == [(count, 1, 0)]
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("int32", 2**31 - 1), ("float32", 0.1), ("float64", 0.1)])
@@ -170,12 +201,23 @@ def test_activations_that_are_unknown(function, activation):
         function(*(given[name] for name in CALLS[function]), activation)
 
 
-@pytest.mark.parametrize("function", CALLS, ids=lambda f: f.__name__)
+BESIDE_EXCHANGES = [glu_up, glu_down, glu_down_backward]
+
+
+@pytest.mark.parametrize("function", BESIDE_EXCHANGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("spared", [-1, 1.0, True, None, 1 << 40])
 def test_spared_out_of_range(function, spared):
     given = arguments()
     with pytest.raises(errors.ConfigError, match=f"spared={spared}.*int from 0"):
         function(*(given[name] for name in CALLS[function]), spared=spared)
+
+
+@pytest.mark.parametrize("function", BESIDE_EXCHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("flop", [-1, -0.5, float("nan"), True, None, "1"])
+def test_spared_flop_out_of_range(function, flop):
+    given = arguments()
+    with pytest.raises(errors.ConfigError, match=f"spared_flop={flop!r}.*at least 0"):
+        function(*(given[name] for name in CALLS[function]), spared=1, spared_flop=flop)
 
 
 @pytest.mark.gpu

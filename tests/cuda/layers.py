@@ -88,7 +88,7 @@ def run(
     w_up, w_down = (weight[0] for weight in weights[1:])
     a, z = glu_up(x, w_up, config.activation, spared=2)
     dz, dw_down = glu_down_backward(grad_output, z, w_down, config.activation, spared=2)
-    arrays += [glu_down(a, w_down, spared=2), *glu_up_backward(dz, x, w_up, spared=2), dw_down]
+    arrays += [glu_down(a, w_down, spared=2), *glu_up_backward(dz, x, w_up), dw_down]
     return [to_host(array).astype(np.float64) for array in arrays]
 
 

@@ -51,7 +51,7 @@ def sharded_layer(log, monkeypatch, beside):
     """A layer with a shared expert that says what it launches. Its shared expert alone fills arrays."""
     for stage in STAGES:
         monkeypatch.setattr(CpuBackend, stage, staticmethod(told(log, getattr(CpuBackend, stage), stage)))
-    monkeypatch.setattr(ffmoe_torch.layer, "beside", beside)
+    monkeypatch.setattr(ffmoe_torch.layer, "beside_exchanges", beside)
     layer = MoELayer(8, 8, 4, 2, num_shared_experts=1, aux_loss_coeff=0.1)
     layer.shard_experts(Logging(log))
     return layer
@@ -61,7 +61,7 @@ def sharded_layer(log, monkeypatch, beside):
 def log(monkeypatch):
     """What a forward call launches, in order."""
     log = []
-    beside = ffmoe_torch.layer.beside
+    beside = ffmoe_torch.layer.beside_exchanges
     layer = sharded_layer(
         log,
         monkeypatch,
@@ -85,8 +85,8 @@ def test_the_losses_come_last(log):
     # the experts' sums, their way home, and the tokens' sums are called the same
     assert log[log.index("grouped_gemm") + 1 :] == [
         "combine",
-        "its rest",
         "combine",
+        "its rest",
         "losses",
         "combine",
         "router_losses",
@@ -99,7 +99,7 @@ def test_the_shared_expert_is_launched_when_the_tokens_are_on_their_way(log):
 
 
 def on_the_runtime(expert, x):
-    """In the place of the layer's ``beside``: the kernels of a GPU's shared expert, launched when they are there."""
+    """In the place of ``beside_exchanges``: the kernels of a GPU's shared expert, launched when they are there."""
 
     def start(spared):
         launch_rest = start_glu(x, expert.w_up, expert.w_down, expert.activation, spared)
@@ -132,7 +132,7 @@ def test_in_backward_the_shared_expert_comes_after_the_exchange_that_it_runs_bes
 
 
 def test_the_shared_expert_leaves_an_exchange_its_multiprocessors(monkeypatch):
-    """Each of its products, forward and backward."""
+    """Where one is under way: the up-projection's gradients come after it."""
     log = []
     monkeypatch.setattr(Logging, "multiprocessors", 3)
     asked = []
@@ -141,7 +141,7 @@ def test_the_shared_expert_leaves_an_exchange_its_multiprocessors(monkeypatch):
         function = getattr(dense_glu, name)
 
         def call(*arguments, **options):
-            asked.append((name, options["spared"]))
+            asked.append((name, options.get("spared", 0), options.get("spared_flop", 0)))
             return function(*arguments, **options)
 
         return call
@@ -151,4 +151,24 @@ def test_the_shared_expert_leaves_an_exchange_its_multiprocessors(monkeypatch):
         monkeypatch.setattr(dense_glu, name, watched(name))
     layer = sharded_layer(log, monkeypatch, on_the_runtime)
     layer(torch.randn(6, 8))[0].sum().backward()
-    assert asked == [(name, 3) for name in names]
+    # nothing crosses to another rank
+    assert asked == [*((name, 3, 0.0) for name in names[:3]), (names[3], 0, 0)]
+
+
+def test_nothing_waits_for_an_exchange_before_what_runs_beside_it(monkeypatch):
+    log = []
+    monkeypatch.setattr(Logging, "wait", lambda self: log.append("wait"))
+    layer = sharded_layer(log, monkeypatch, on_the_runtime)
+    output, _ = layer(torch.randn(6, 8))
+
+    def beside(exchange):
+        start = log.index(exchange)
+        return log[start + 1 : log.index("wait", start)]
+
+    assert "grouped_glu" in beside("dispatch")
+    home = len(log) - log[::-1].index("grouped_gemm")  # behind the shared expert's, the last
+    assert log[:home].count("combine") == 2  # of the experts' rows, and their way home
+    assert "wait" not in log[log.index("combine") : home]
+    log.clear()
+    output.sum().backward()
+    assert beside("combine backward")[-2:] == ["grouped_glu_backward", "grouped_gemm_wgrad"]

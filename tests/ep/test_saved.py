@@ -13,18 +13,26 @@ from ffmoe_torch import MoELayer
 
 
 class Recording(LocalCommunicator):
-    """A group of one that knows of what failed."""
+    """A group of one that knows of what failed, and of what nobody has waited for."""
 
     def __init__(self):
         super().__init__()
         self.aborted = []
+        self.underway = 0
+
+    def all_to_all_v(self, *arguments):
+        self.underway += 1
+        return super().all_to_all_v(*arguments)
+
+    def wait(self):
+        self.underway -= 1
 
     def abort(self, reason):
         self.aborted.append(reason)
 
 
 def at_once(expert, x):
-    """In the place of the layer's ``beside``: computed when it is launched, as on a GPU."""
+    """In the place of the layer's ``beside_exchanges``: computed when it is launched, as on a GPU."""
 
     def start(spared):
         launch_rest = expert.start(x, spared)
@@ -66,7 +74,7 @@ def test_hooks_that_copy_what_is_saved_change_nothing():
 @pytest.mark.parametrize("beside", [at_once, whole_at_once])
 def test_a_recomputation_may_stop_in_the_shared_expert(monkeypatch, beside):
     """Where nothing that comes after it wants a gradient: which is no failure of this rank."""
-    monkeypatch.setattr(ffmoe_torch.layer, "beside", beside)
+    monkeypatch.setattr(ffmoe_torch.layer, "beside_exchanges", beside)
     comm = Recording()
     torch.manual_seed(0)
     layer = MoELayer(8, 8, 4, 2, num_shared_experts=1)
@@ -79,6 +87,7 @@ def test_a_recomputation_may_stop_in_the_shared_expert(monkeypatch, beside):
         for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False))
     ]
     assert not comm.aborted
+    assert comm.underway == 0
     assert all(map(torch.equal, *gradients))
 
 
@@ -89,7 +98,7 @@ def test_the_other_ranks_hear_of_a_failure_in_the_shared_expert(monkeypatch):
         raise ValueError("no")
 
     for start in (fail, lambda _: fail):
-        monkeypatch.setattr(ffmoe_torch.layer, "beside", lambda expert, x, start=start: start)
+        monkeypatch.setattr(ffmoe_torch.layer, "beside_exchanges", lambda expert, x, start=start: start)
         comm = Recording()
         layer = MoELayer(8, 8, 4, 2, num_shared_experts=1)
         layer.shard_experts(comm)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ffmoe_core.config import ACTIVATIONS
 from ffmoe_core.errors import DTypeError, ShapeError, UnsupportedError
 from ffmoe_torch import dense_glu, shared_expert
-from ffmoe_torch.dense_glu import serves, start_glu
+from ffmoe_torch.dense_glu import NOTHING_SPARED, serves, start_glu
 from ffmoe_torch.shared_expert import SharedExpert
 from tests import reference
 from tests.support import assert_close
@@ -282,16 +282,16 @@ def test_hooks_see_the_call_of_the_module(device, watcher):
     seen = []
     hook = WATCHERS[watcher](expert, lambda: seen.append(1))
     try:
-        output = shared_expert._start(expert, x, 0)()
+        output = shared_expert._start(expert, x, NOTHING_SPARED)()
         output.sum().backward()
     finally:
         hook.remove()
     assert seen == [1]
-    assert torch.equal(output, shared_expert._start(expert, x, 0)())
+    assert torch.equal(output, shared_expert._start(expert, x, NOTHING_SPARED)())
     assert seen == [1]
 
 
 def test_another_module_in_its_place(device):
     x = torch.randn(9, H, device=device)
     linear = nn.Linear(H, H, device=device)
-    assert torch.equal(shared_expert._start(linear, x, 0)(), linear(x))
+    assert torch.equal(shared_expert._start(linear, x, NOTHING_SPARED)(), linear(x))
