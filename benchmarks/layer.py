@@ -282,7 +282,10 @@ def floors(shape: Shape, measured: dict[str, float]) -> dict[str, float]:
 
 
 def stage_times(call: Callable[[], object], floor: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each stage in one forward+backward, and the fraction of its floor reached."""
+    """Median milliseconds of each stage in one forward+backward, and the fraction of its floor reached.
+
+    A kernel's blocks come while the one before it ends: its time counts from there.
+    """
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
         for _ in range(PROFILED):
@@ -301,7 +304,9 @@ def stage_times(call: Callable[[], object], floor: dict[str, float]) -> dict[str
     for number, stage in enumerate(stages_of(names)):
         spent = found.setdefault(stage, [0.0] * PROFILED)
         for index, kernels in enumerate(calls):
-            spent[index] += kernels[number].time_range.elapsed_us() / 1e3
+            own = kernels[number].time_range
+            start = max(own.start, kernels[number - 1].time_range.end) if number else own.start
+            spent[index] += (own.end - start) / 1e3
     stages = {}
     for stage, spent in found.items():
         stages[stage] = {"ms": round(statistics.median(spent), 4)}

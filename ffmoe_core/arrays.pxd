@@ -50,6 +50,8 @@ cdef class Space:
     cdef readonly int device_id
     cdef readonly uintptr_t stream  # the caller's current CUDA stream; 0 on CPU
     cdef readonly int spared        # multiprocessors that are left to other work, such as an exchange
+    cdef Array zeros                # on a GPU, int32: for kernels to count in, each of its elements for one kernel
+    cdef int zeros_left             # of its last elements that nobody has had yet
     cpdef Array empty(self, tuple shape, int dtype)
     cpdef object export(self, Array array)
     cpdef object to_host(self, Array array)

@@ -17,6 +17,7 @@
 #include "common/cp_async.cuh"
 #include "common/dynamic_shared.cuh"
 #include "common/epilogue.cuh"
+#include "common/launch_order.cuh"
 #include "common/mma.cuh"
 #include "common/types.cuh"
 
@@ -358,6 +359,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) dense_gemm(
     const TypeA* a, const TypeB* b, TypeOut* out, float* parts, int rows, int columns, int depth,
     int split_depth, int column_tiles, const TypeOut* added_rows, const int* token_rows, int top_k, int num_added
 ) {
+    after_earlier_kernels();
     const int first_row = blockIdx.x / column_tiles * TILE, first_column = blockIdx.x % column_tiles * TILE;
     const int tile_rows = min(rows - first_row, TILE), tile_columns = min(columns - first_column, TILE);
     const int64 at = int64(first_row) * columns + first_column;

@@ -6,6 +6,7 @@
 //
 // A thread takes a token. Its pairs are few, and the rows themselves are moved by permute.cu. Compiled with
 // -DW_TYPE= the type of the weights.
+#include "common/launch_order.cuh"
 #include "common/types.cuh"
 
 using W = type_of<W_TYPE>;
@@ -37,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dispatch_ranks(
     const Share share, const int* topk_idx, const int* token_rows, int64 num_tokens, int top_k, int most_ranks,
     int chunks, int* ranks
 ) {
+    after_earlier_kernels();
     const int64 token = int64(blockIdx.x) * THREADS + threadIdx.x;
     if (token >= num_tokens) return;
     int* mine = ranks + token * most_ranks;
@@ -60,6 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dispatch_slots(
     int64 num_tokens, int top_k, int most_ranks, int chunks, int num_slots, int* slot_experts, W* slot_weights,
     int* pair_slots, int* counts
 ) {
+    after_earlier_kernels();
     const int64 thread = int64(blockIdx.x) * THREADS + threadIdx.x;
     if (blockIdx.x == 0) {
         for (int rank = threadIdx.x; rank < share.num_ranks; rank += THREADS) {

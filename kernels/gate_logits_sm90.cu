@@ -12,6 +12,7 @@
 
 #include "common/cluster.cuh"
 #include "common/dynamic_shared.cuh"
+#include "common/launch_order.cuh"
 #include "common/mbarrier.cuh"
 #include "common/mma.cuh"
 #include "common/tma.cuh"
@@ -51,6 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gate_logits(
     const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap gate_map, float* logits,
     int num_tokens, int num_experts, int depth, int column_tiles
 ) {
+    after_earlier_kernels();
     const int first_token = blockIdx.x / column_tiles * TILE, first_expert = blockIdx.x % column_tiles * TILE;
     const int steps = (depth + DEPTH - 1) / DEPTH;
     if (threadIdx.x == 0) {

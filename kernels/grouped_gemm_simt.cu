@@ -14,6 +14,7 @@
 // `vectors` says that every width divides by 4 and every array is aligned to 16 bytes.
 
 #include "common/epilogue.cuh"
+#include "common/launch_order.cuh"
 #include "common/tile_scheduler.cuh"
 #include "common/types.cuh"
 
@@ -183,6 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) dense_g
     const TypeA* a, const TypeB* b, TypeOut* out, A* parts, int rows, int columns, int depth, int split_depth,
     int column_tiles, int accumulate, int vectors
 ) {
+    after_earlier_kernels();
     const int first_row = blockIdx.x / column_tiles * TILE, first_column = blockIdx.x % column_tiles * TILE;
     Operand<TypeA, !TRANSPOSE_A> left = {
         a + int64(first_row) * (TRANSPOSE_A ? 1 : depth), TRANSPOSE_A ? rows : depth, nullptr,
@@ -209,6 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) dense_g
 
 // out[i] = the sum over `count` parts, in order
 extern "C" __global__ void sum_parts(const A* parts, TypeOut* out, int64 size, int count) {
+    after_earlier_kernels();
     const int64 stride = int64(gridDim.x) * blockDim.x;
     for (int64 i = blockIdx.x * int64(blockDim.x) + threadIdx.x; i < size; i += stride) {
         A sum = 0;
@@ -223,6 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped
     const TypeA* a, const TypeB* b, const int* offsets, const int* row_index, TypeOut* out,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles, int vectors
 ) {
+    after_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
     const Tile tile = find_tile<TILE>(blockIdx.x, groups, num_groups, column_tiles);
     if (tile.count == 0) return;
@@ -249,6 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped
     const TypeA* a, const TypeB* b, const int* offsets, const int* a_index, const int* b_index, TypeOut* out,
     int chunks, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale, int vectors
 ) {
+    after_earlier_kernels();
     const Place place = place_in_panels(blockIdx.x, row_tiles, column_tiles);
     const int first_row = place.row * TILE, first_column = place.column * TILE;
     const int group = blockIdx.y;
@@ -280,6 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped
     const TypeA* x, const TypeB* w_up, const int* offsets, const int* row_index, TypeOut* z, TypeOut* a,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, int vectors, int activation
 ) {
+    after_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
     const Tile tile = find_tile<TILE>(blockIdx.x, groups, num_groups, column_tiles);
     if (tile.count == 0) return;
@@ -320,6 +326,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IN_DOUBLE ? 1 : 2) grouped
     const TypeOut* z, TypeOut* dz, TypeOut* pa, A* dp_parts,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, int vectors, int activation
 ) {
+    after_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
     const Tile tile = find_tile<TILE>(blockIdx.x, groups, num_groups, column_tiles);
     if (tile.count == 0) return;

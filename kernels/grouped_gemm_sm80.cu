@@ -15,6 +15,7 @@
 #include "common/cp_async.cuh"
 #include "common/dynamic_shared.cuh"
 #include "common/epilogue.cuh"
+#include "common/launch_order.cuh"
 #include "common/mma.cuh"
 #include "common/quad.cuh"
 #include "common/tile_scheduler.cuh"
@@ -324,6 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm(
     const X* a, const X* b, const int* offsets, const int* row_index, X* out,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles
 ) {
+    after_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
     const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, groups, num_groups, column_tiles);
     if (tile.count == 0) return;
@@ -366,6 +368,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_gemm_wgrad
     const X* a, const X* b, const int* offsets, const int* a_index, const int* b_index,
     type_of<OUT_TYPE>* out, int chunks, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale
 ) {
+    after_earlier_kernels();
     const Place place = place_in_panels(blockIdx.x, row_tiles, column_tiles);
     const int first_row = place.row * TILE_ROWS, first_column = place.column * TILE_COLUMNS;
     const int group = blockIdx.y;
@@ -401,6 +404,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_glu(
     const X* x, const X* w_up, const int* offsets, const int* row_index, X* z, X* a,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles
 ) {
+    after_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
     const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, groups, num_groups, column_tiles);
     if (tile.count == 0) return;
@@ -456,6 +460,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) grouped_glu_backwa
     const X* z, X* dz, X* pa, float* dp_parts,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles
 ) {
+    after_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
     const Tile tile = find_tile<TILE_ROWS>(blockIdx.x, groups, num_groups, column_tiles);
     if (tile.count == 0) return;

@@ -27,6 +27,7 @@
 #include "common/cp_async.cuh"
 #include "common/dynamic_shared.cuh"
 #include "common/epilogue.cuh"
+#include "common/launch_order.cuh"
 #include "common/longest_first.cuh"
 #include "common/mbarrier.cuh"
 #include "common/mma.cuh"
@@ -437,6 +438,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const __grid_constant__ TensorMap out_map, const int* offsets, const int* row_index, X* out,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles, uint32* due
 ) {
+    after_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
     const Rows rows = {a, a_map, groups, row_index, num_groups, depth, column_tiles, due};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
@@ -472,6 +474,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const int* row_index, X* z, X* a,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, uint32* due
 ) {
+    after_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
     const Rows rows = {x, x_map, groups, row_index, num_groups, depth, column_tiles, due};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
@@ -554,6 +557,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     float* dp_parts,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, uint32* due
 ) {
+    after_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
     const Rows rows = {dout, dout_map, groups, row_index, num_groups, depth, column_tiles, due};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
@@ -683,6 +687,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const __grid_constant__ TensorMap out_map, const int* offsets, const int* index, type_of<OUT_TYPE>* out,
     int num_groups, int chunks, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale, int* drawn
 ) {
+    after_earlier_kernels();
     const auto rows_of = [&](int group) -> Span {
         const int begin = same_in_warp(offsets[group * chunks]);
         return {begin, same_in_warp(offsets[(group + 1) * chunks]) - begin};

@@ -17,6 +17,7 @@
 #include "common/cluster.cuh"
 #include "common/cluster_walk.cuh"
 #include "common/dynamic_shared.cuh"
+#include "common/launch_order.cuh"
 #include "common/mbarrier.cuh"
 #include "common/pace.cuh"
 #include "common/pieces.cuh"
@@ -119,6 +120,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const __grid_constant__ TensorMap out_map, const int* offsets, X* out,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles, uint32* due
 ) {
+    after_earlier_kernels();
     if (threadIdx.x < 32)
         shared().tiles.fill({offsets, num_rows, chunks, chunk}, num_groups, Walk::ROWS, column_tiles);
     const int steps = (depth + DEPTH - 1) / DEPTH, stride = tile_stride();

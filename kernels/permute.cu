@@ -4,6 +4,7 @@
 // other, and several loads are in flight. Compiled with -DX_TYPE= the rows' type and -DWIDTH= elements of a
 // vector: 16 bytes where the width and the addresses divide by it, 1 elsewhere. combine with -DSUMS= vectors that a
 // thread sums up, more of them where a token has few rows.
+#include "common/launch_order.cuh"
 #include "common/types.cuh"
 
 using X = type_of<X_TYPE>;
@@ -36,6 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) permute(
     const X* x, const int* row_token, const int* num_kept, X* out, int64 num_tokens, int64 num_rows,
     int columns, int log_lanes, uint32 segments
 ) {
+    after_earlier_kernels();
     const Place at = place(log_lanes, segments, COPIES);
     if (at.row >= num_rows) return;
     const int token = at.row < *num_kept ? row_token[at.row] : -1;
@@ -64,6 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine(
     const X* rows, const int* token_rows, const W* weights, X* out, int64 num_tokens, int64 num_rows,
     int top_k, int columns, int log_lanes, uint32 segments
 ) {
+    after_earlier_kernels();
     constexpr int STEP = LOADS / SUMS;  // rows at a time
     const Place at = place(log_lanes, segments, SUMS);
     if (at.row >= num_tokens || at.column >= columns) return;

@@ -6,6 +6,7 @@
 //
 // Compiled with -DW_TYPE= the router's type (float or double) and -DEXPERTS_PER_LANE= at least E / 32.
 #include "common/dynamic_shared.cuh"
+#include "common/launch_order.cuh"
 #include "common/order.cuh"
 #include "common/placement.cuh"
 #include "common/types.cuh"
@@ -309,6 +310,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     const Router router, const Slots slots, const W* logits, const float* expert_bias,
     const unsigned char* valid_mask, int* topk_idx, W* topk_weights, const Sums sums, const Plan<W> plan
 ) {
+    after_earlier_kernels();
     unsigned char* memory = dynamic_shared<8>();
     W* warp_scores = reinterpret_cast<W*>(memory);  // [WARPS, E]
     __shared__ int block_counts[32 * N];
@@ -461,6 +463,7 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1) route_plan(
     const Router router, const Slots slots, const int* topk_idx, const W* topk_weights, const Sums sums,
     const Plan<W> plan
 ) {
+    after_earlier_kernels();
     if (blockIdx.x == gridDim.x - 1) return add_up<PLAN_THREADS>(router, sums, slots.chunks);
     place_chunk<PLAN_THREADS>(slots, blockIdx.x, topk_idx, topk_weights, sums.counts, plan, dynamic_shared<8>());
 }
@@ -469,6 +472,7 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1) route_plan(
 extern "C" __global__ void __launch_bounds__(32) router_losses(
     const Router router, const double* sums, const int* tokens_per_expert, W* losses
 ) {
+    after_earlier_kernels();
     write_losses(
         router, sums, tokens_per_expert, sums[router.num_experts], sums[router.num_experts + 1], losses
     );
@@ -493,6 +497,7 @@ extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward
     const int* tokens_per_expert, const int* token_rows, const W* dp_rows, int64 num_rows, const W* grad_losses,
     W* dlogits
 ) {
+    after_earlier_kernels();
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int num_experts = router.num_experts, top_k = router.top_k;
     const W scale = W(router.scale);

@@ -6,6 +6,7 @@
 //
 // Compiled with -DW_TYPE= the weights' type (float or double).
 #include "common/dynamic_shared.cuh"
+#include "common/launch_order.cuh"
 #include "common/order.cuh"
 #include "common/placement.cuh"
 #include "common/types.cuh"
@@ -21,6 +22,7 @@ constexpr int SELECT_THREADS = 512;
 extern "C" __global__ void __launch_bounds__(THREADS) sort_count(
     const Slots slots, const int* topk_idx, int* counts
 ) {
+    after_earlier_kernels();
     __shared__ int histogram[MAX_EXPERTS];
     for (int e = threadIdx.x; e < slots.num_experts; e += THREADS) histogram[e] = 0;
     __syncthreads();
@@ -38,6 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sort_count(
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sort_place(
     const Slots slots, const int* topk_idx, const W* topk_weights, const int* counts, const Plan<W> plan
 ) {
+    after_earlier_kernels();
     place_chunk<THREADS>(slots, blockIdx.x, topk_idx, topk_weights, counts, plan, dynamic_shared<8>());
 }
 
@@ -97,6 +100,7 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS) sort_select(
     const W* topk_weights, int top_k, const int* starts, const int* order, const Key* keys,
     const int* expert_offsets, int* row_token, W* row_weights, int* token_rows
 ) {
+    after_earlier_kernels();
     constexpr int SELECT_WARPS = SELECT_THREADS / 32;
     __shared__ int warp_greater[SELECT_WARPS], warp_equal[SELECT_WARPS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;

@@ -4,6 +4,7 @@
 // terms followed by its second ones. The same launch writes where equal parts of the rows begin, as the offsets of
 // groups.
 
+#include "common/launch_order.cuh"
 #include "common/types.cuh"
 
 constexpr int THREADS = 256;
@@ -12,6 +13,7 @@ constexpr int WIDTH = 8;  // elements that a thread splits; divides the columns
 extern "C" __global__ void __launch_bounds__(THREADS) split_terms(
     const float* from, bfloat16* terms, int* offsets, int num_rows, int columns, int num_parts, int part_rows
 ) {
+    after_earlier_kernels();
     const int64 i = blockIdx.x * int64(THREADS) + threadIdx.x;
     if (i <= num_parts) offsets[i] = int(min(i * part_rows, int64(num_rows)));
     const int vectors = columns / WIDTH;

@@ -7,7 +7,7 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport getenv
 
 from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, INT32, Array, Space
-from .launch cimport Parameter, compute_capability, kernel, multiprocessor_count
+from .launch cimport Parameter, compute_capability, kernel, multiprocessor_count, set_words
 from .tensor_map cimport TensorMap, map_halves, map_matrices
 
 cdef str FILE = "grouped_gemm_sm90.cu"
@@ -23,6 +23,7 @@ cdef enum:
     STORED = 16   # rows of what a warp stores as one
     TURNS_COLUMNS = 192  # in the place of SHARED where warpgroups take turns
     MOST_GROUPS = 1024
+    COUNTERS = 8  # a layer's backward wants 5
     # the stages, the spare buffers, then struct Shared: barriers, rows and the list of tiles
     STAGES_BYTES = STAGES * (OWN + SHARED) * DEPTH * 2
     BUFFERS_BYTES = 2 * 64 * 64 * 2
@@ -118,8 +119,19 @@ cdef uintptr_t address(Array array) noexcept:
 
 
 cdef Array counter_for(Space space, bint wanted):
-    """What blocks count in while they run, or None; ``launch`` sets it to zero."""
-    return space.empty((1,), INT32) if wanted else None
+    """What the blocks of a kernel count in while they run, zero before it; or None.
+
+    Zeros come for several kernels at once: setting memory between two of them would keep them apart.
+    """
+    if not wanted:
+        return None
+    cdef unsigned int zero = 0
+    if space.zeros_left == 0:
+        space.zeros = space.empty((COUNTERS,), INT32)
+        set_words(space.device_id, <uintptr_t>space.zeros.data, &zero, 1, COUNTERS, space.stream)
+        space.zeros_left = COUNTERS
+    space.zeros_left -= 1
+    return space.zeros.at(4 * space.zeros_left, (1,), INT32)
 
 
 cdef int cluster_count(Space space) except -1:
@@ -128,12 +140,11 @@ cdef int cluster_count(Space space) except -1:
 
 
 cdef int launch(
-    Space space, str entry, tuple defines, void** params, uintptr_t counter, str file=FILE,
-    unsigned int shared_bytes=SHARED_BYTES,
+    Space space, str entry, tuple defines, void** params, str file=FILE, unsigned int shared_bytes=SHARED_BYTES
 ) except -1:
     cdef unsigned int blocks = cluster_count(space) * CLUSTER
     return kernel(file, entry, defines, space.device_id, shared_bytes).launch(
-        blocks, 1, 1, THREADS, shared_bytes, space.stream, params, counter
+        blocks, 1, 1, THREADS, shared_bytes, space.stream, params
     )
 
 
@@ -158,7 +169,7 @@ cdef int grouped_gemm(
         &a.data, a_map.at, b_map.at, out_map.at, &expert_offsets.data, &index, &out.data,
         &num_groups, &num_rows, &chunks, &chunk, &depth, &columns, &column_tiles, &due,
     ]
-    return launch(space, "grouped_gemm", _gemm[a.dtype, gather, transpose_b], params, due)
+    return launch(space, "grouped_gemm", _gemm[a.dtype, gather, transpose_b], params)
 
 
 cdef int grouped_gemm_in_turns(
@@ -181,7 +192,7 @@ cdef int grouped_gemm_in_turns(
         &num_groups, &num_rows, &chunks, &chunk, &depth, &columns, &column_tiles, &due,
     ]
     return launch(
-        space, "grouped_gemm", _gemm_in_turns[a.dtype, transpose_b], params, due, TURNS_FILE, TURNS_SHARED_BYTES
+        space, "grouped_gemm", _gemm_in_turns[a.dtype, transpose_b], params, TURNS_FILE, TURNS_SHARED_BYTES
     )
 
 
@@ -208,7 +219,7 @@ cdef int grouped_gemm_wgrad(
         &num_groups, &chunks, &a_columns, &b_columns, &row_tiles, &column_tiles, &scale, &drawn,
     ]
     return launch(
-        space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params, drawn
+        space, "grouped_gemm_wgrad", _wgrad[a.dtype, out.dtype, accumulate, share_a, gather], params
     )
 
 
@@ -233,7 +244,7 @@ cdef int grouped_glu(
         &x.data, x_map.at, w_map.at, z_map.at, a_map.at, &expert_offsets.data, &index, &kept, &a.data,
         &num_groups, &num_rows, &chunks, &chunk, &depth, &intermediate, &column_tiles, &due,
     ]
-    return launch(space, "grouped_glu", _glu[x.dtype, gather, act], params, due)
+    return launch(space, "grouped_glu", _glu[x.dtype, gather, act], params)
 
 
 cdef int grouped_glu_backward(
@@ -258,4 +269,4 @@ cdef int grouped_glu_backward(
         &row_weights.data, &dz.data, &pa.data, &parts.data, &num_groups, &num_rows, &chunks, &chunk, &depth,
         &intermediate, &column_tiles, &due,
     ]
-    return launch(space, "grouped_glu_backward", _glu_backward[dout.dtype, gather, act], params, due)
+    return launch(space, "grouped_glu_backward", _glu_backward[dout.dtype, gather, act], params)

@@ -8,6 +8,7 @@ cdef class Kernel:
     cdef void* context          # CUcontext it was loaded in
     cdef object keep_alive
     cdef str name
+    cdef unsigned int starts_early  # 1: while the kernel before it on the stream ends
     cdef int launch(
         self,
         unsigned int grid_x,
@@ -17,7 +18,6 @@ cdef class Kernel:
         unsigned int smem,
         uintptr_t stream,
         void** params,
-        uintptr_t counter=*,
     ) except -1
 
 

@@ -1,7 +1,7 @@
 """Launching a compiled kernel with as little host time as the driver allows.
 
-The driver's entry points are looked up in libcuda at run time: building needs no CUDA, and its C ABI has
-been the same since CUDA 4.
+The driver's entry points are looked up in libcuda at run time: building needs no CUDA, and the C ABI of these has not
+changed since they came, the last with CUDA 12.
 """
 
 import ctypes
@@ -11,12 +11,27 @@ from libc.stdint cimport uintptr_t
 from ..errors import KernelError
 from .compile import import_cupy, load_function
 
-ctypedef int (*LaunchKernel)(
-    void* function,
-    unsigned int, unsigned int, unsigned int,
-    unsigned int, unsigned int, unsigned int,
-    unsigned int smem, void* stream, void** params, void** extra,
-) noexcept nogil
+cdef struct LaunchAttribute:  # CUlaunchAttribute
+    int id
+    int[1] unused
+    int[16] value
+
+cdef struct LaunchConfig:  # CUlaunchConfig
+    unsigned int grid_x, grid_y, grid_z
+    unsigned int block_x, block_y, block_z
+    unsigned int smem
+    void* stream
+    LaunchAttribute* attributes
+    unsigned int attribute_count
+
+cdef enum:
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: see kernels/common/launch_order.cuh. CUDA graphs take it
+    # since CUDA 12.3.
+    EARLY_START = 6
+    EARLY_START_CAPABILITY = 90
+    EARLY_START_DRIVER = 12030
+
+ctypedef int (*LaunchKernel)(const LaunchConfig* config, void* function, void** params, void** extra) noexcept nogil
 ctypedef int (*SetMemory)(uintptr_t to, unsigned int value, size_t count, void* stream) noexcept nogil
 ctypedef int (*SetMemory2D)(
     uintptr_t to, size_t pitch, unsigned int value, size_t width, size_t height, void* stream
@@ -38,7 +53,7 @@ cdef class _Driver:
 
     def __cinit__(self):
         library = ctypes.CDLL("libcuda.so.1")
-        self.launch = <LaunchKernel><uintptr_t>_address(library.cuLaunchKernel)
+        self.launch = <LaunchKernel><uintptr_t>_address(library.cuLaunchKernelEx)
         self.set_memory = <SetMemory><uintptr_t>_address(library.cuMemsetD32Async)
         self.set_memory_2d = <SetMemory2D><uintptr_t>_address(library.cuMemsetD2D32Async)
         self.get_context = <GetContext><uintptr_t>_address(library.cuCtxGetCurrent)
@@ -76,23 +91,19 @@ cdef class Kernel:
         unsigned int smem,
         uintptr_t stream,
         void** params,
-        uintptr_t counter=0,
     ) except -1:
-        """Launch on ``stream``; the inputs' device need not be the current one.
-
-        The 4 bytes at ``counter``, if given, are set to zero before.
-        """
+        """Launch on ``stream``; the inputs' device need not be the current one."""
+        cdef LaunchAttribute early_start
+        early_start.id = EARLY_START
+        early_start.value[0] = 1
+        cdef LaunchConfig config = [
+            grid_x, grid_y, grid_z, block, 1, 1, smem, <void*>stream, &early_start, self.starts_early
+        ]
         cdef void* current = NULL
-        cdef int error = 0
         driver.get_context(&current)
         if current != self.context:
             driver.set_context(self.context)
-        if counter != 0:
-            error = driver.set_memory(counter, 0, 1, <void*>stream)
-        if error == 0:
-            error = driver.launch(
-                self.function, grid_x, grid_y, grid_z, block, 1, 1, smem, <void*>stream, params, NULL
-            )
+        cdef int error = driver.launch(&config, self.function, params, NULL)
         if current != self.context and current != NULL:
             driver.set_context(current)  # a thread without any context, such as autograd's, keeps ours
         if error != 0:
@@ -145,6 +156,10 @@ cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned i
     made.keep_alive = keep_alive
     made.name = entry
     made.context = primary_context(device_id)
+    made.starts_early = (
+        compute_capability(device_id) >= EARLY_START_CAPABILITY
+        and import_cupy().cuda.runtime.driverGetVersion() >= EARLY_START_DRIVER
+    )
     kernels[key] = made
     return made
 

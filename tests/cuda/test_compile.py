@@ -1,5 +1,6 @@
 """Every variant of every kernel compiles for every architecture."""
 
+import re
 import subprocess
 import sys
 
@@ -29,6 +30,20 @@ def test_a_broken_kernel_is_seen(nvrtc):
     binary, error = nvrtc.compile("__global__ void broken() { undeclared(); }", ("-arch=sm_80",))
     assert not binary
     assert "undeclared" in error
+
+
+def test_every_kernel_begins_by_waiting_for_the_one_before_it():
+    """One that did not would run beside it, and so would all that come after."""
+    kernels = 0
+    for path in kernel_directory().glob("*.cu"):
+        for _, after in re.findall(
+            r"extern \"C\" __global__(.*?)\) {\n *(.*?)\n", path.read_text(), re.DOTALL
+        ):
+            assert after == "after_earlier_kernels();", path.name
+            kernels += 1
+    assert kernels == sum(
+        len(re.findall("__global__", path.read_text())) for path in kernel_directory().glob("*.cu")
+    )
 
 
 def test_every_source_has_variants():

@@ -46,6 +46,21 @@ def overwrite(array, other):
     array.data.copy_from_device_async(other.data, other.nbytes)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_calls_right_behind_each_other(cupy_kind, dtype):
+    """Kernels come to the multiprocessors before the one ahead of them has ended, and wait for its results."""
+    config = replace(CONFIG, aux_loss_coeff=0.0, z_loss_coeff=0.0)
+    calls = [on_device(cupy_kind, dtype, seed, config) for seed in range(4)]
+    want = []
+    for call in calls:
+        want.append(forward_backward(*call, config))
+        cupy_kind.module.cuda.Device().synchronize()
+    for _ in range(50):
+        got = [forward_backward(*call, config) for call in calls]
+    for arrays, expected in zip(got, want, strict=True):
+        assert same_bits(cupy_kind, arrays, expected)
+
+
 # A kernel that keeps its stream busy until the host says go, or a few seconds have passed.
 WAIT = r"""
 extern "C" __global__ void wait_for_host(volatile int* go, int* waited_in_vain) {

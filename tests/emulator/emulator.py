@@ -36,7 +36,24 @@ ASAN = os.environ.get("FFMOE_ASAN") == "1"
 if ASAN:
     OPTIONS += ("-g1", "-fsanitize=address", "--param=asan-stack=0", "--param=asan-globals=0")
 
-CuLaunchKernel = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
+
+class CuLaunchAttribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16)]
+
+
+class CuLaunchConfig(ctypes.Structure):
+    _fields_ = [
+        *((f"grid_{axis}", ctypes.c_uint) for axis in "xyz"),
+        *((f"block_{axis}", ctypes.c_uint) for axis in "xyz"),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(CuLaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+CuLaunchKernelEx = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(CuLaunchConfig), *[ctypes.c_void_p] * 3)
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
 CuMemsetD32Async = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
 )
@@ -56,12 +73,16 @@ CuTensorMapEncodeTiled = ctypes.CFUNCTYPE(
 Launch = ctypes.CFUNCTYPE(None, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p)
 
 
-@CuLaunchKernel
-def launch_kernel(function, grid_x, grid_y, grid_z, threads, *rest):
-    if grid_z != 1 or rest[0] != 1 or rest[1] != 1:
+@CuLaunchKernelEx
+def launch_kernel(config, function, parameters, _extra):
+    """Attributes change nothing here, where a kernel is over when its launch returns."""
+    launch = config[0]
+    asked = [(each.id, each.value[0]) for each in launch.attributes[: launch.num_attributes]]
+    if launch.grid_z != 1 or (launch.block_y, launch.block_z) != (1, 1):
         return 1  # CUDA_ERROR_INVALID_VALUE
-    parameters = rest[4]
-    Launch(function)(grid_x, grid_y, threads, parameters)
+    if asked != [(PROGRAMMATIC_STREAM_SERIALIZATION, 1)]:
+        return 1
+    Launch(function)(launch.grid_x, launch.grid_y, launch.block_x, parameters)
     return 0
 
 
@@ -95,7 +116,7 @@ def encode_tiled(out, _dtype, rank, array, sizes, strides, box, *_):
 
 
 DRIVER = SimpleNamespace(
-    cuLaunchKernel=launch_kernel,
+    cuLaunchKernelEx=launch_kernel,
     cuMemsetD32Async=set_memory,
     cuMemsetD2D32Async=set_memory_2d,
     cuCtxGetCurrent=get_context,
@@ -124,6 +145,7 @@ CUPY = SimpleNamespace(
     cuda=SimpleNamespace(
         Device=Device,
         runtime=SimpleNamespace(
+            driverGetVersion=lambda: 13000,
             free=lambda _pointer: None,
             getDeviceProperties=lambda _device: {
                 "name": b"emulated",
