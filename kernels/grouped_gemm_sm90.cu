@@ -67,9 +67,9 @@ constexpr int BUFFERS_OF_STAGE = STAGE_BYTES / CONSUMERS / BUFFER_BYTES, BUFFERS
 struct Shared {
     RingBarriers<STAGES> barriers;
     int rows[STAGES][DEPTH];  // of a matrix whose gathered rows are the contraction
+    TileQueue queue;
 #if defined(WGRAD)
     int tile[STAGES];  // that a stage is of
-    TileQueue queue;
     LongestFirst groups;
 #else
     TileList tiles;
@@ -335,6 +335,7 @@ constexpr int COPY_ARRIVALS = 1, GATHER_ARRIVALS = COPY_ARRIVALS + WARPGROUP;
 // So many steps before a tile's end its block announces the next one (pace.cuh). Where rows are gathered, a tile
 // starts slowly, and blocks must not wait for each other as well.
 constexpr int EARLY = GATHER ? 10 : 1;
+constexpr int ASKING = 4;  // likewise it asks for the next tile
 
 struct Rows {
     const X* a;            // read if GATHER
@@ -343,22 +344,21 @@ struct Rows {
     const int* row_index;
     int num_groups, depth, column_tiles;
     uint32* due;  // see Pace
-
-    __device__ int steps(const Tile& tile) const {
-        return tile.group == num_groups ? 0 : (depth + DEPTH - 1) / DEPTH;
-    }
+    int* drawn;   // see TileDrawer
+    int steps = (depth + DEPTH - 1) / DEPTH;
 };
 
 using Walk = ClusterWalk<OWN>;
 
-// For every tile: its product, then held = finish(sums, tile, ring, last) with its last stage, which finish releases or
-// returns for let_go; or clear(tile) for rows that are nobody's. For a
-// step, copy_part(to, tile, k, full) is called in one thread for this block's part of the second operand. After
-// a tile's product MORE_STEPS stages are what copy_more(ring, tile, i) puts there, in one thread, for finish.
+// For every tile of a group: its product, then held = finish(sums, tile, ring, last) with its last stage, which finish
+// releases or returns for let_go. For a step, copy_part(to, tile, k, full) is called in one thread for this block's part
+// of the second operand. After a tile's product MORE_STEPS stages are what copy_more(ring, tile, i) puts there, in one
+// thread, for finish. Then clear(tile) for rows that are nobody's.
 template <bool TILE_MAJOR_B, int MORE_STEPS, class CopyPart, class CopyMore, class Finish, class Clear>
 __device__ __forceinline__ void multiply_rows(
     const Rows& rows, CopyPart copy_part, CopyMore copy_more, Finish finish, Clear clear
 ) {
+    if (threadIdx.x == 0) shared().queue.init();
     if (threadIdx.x < 32)
         shared().tiles.fill(rows.groups, rows.num_groups, Walk::ROWS, rows.column_tiles);
     const auto fetch_all = [&] {
@@ -367,23 +367,29 @@ __device__ __forceinline__ void multiply_rows(
         if (!GATHER && threadIdx.x > 0) return;
         GatheredRows gathered;
         Walk walk(shared().tiles, rows.num_groups, rows.column_tiles);
+        const int products = walk.products();
         // the other block of a cluster can't get far ahead of the one that waits
         const bool sets_pace = threadIdx.x == 0 && cluster_rank() == 0;
         Pace pace{rows.due};
+        TileDrawer drawer{rows.drawn};
         Ring ring;
         Tile tile;
+        const auto proceed = [&](int n) {
+            if (threadIdx.x == 0) drawer.hand_out(shared().queue, n);
+            const int index = shared().queue.read(n);
+            return GATHER ? same_in_warp(index) : index;
+        };
         if (sets_pace) pace.announce();
-        for (int index = first_tile(); walk.find(index, tile); index += tile_stride()) {
-            const int steps = rows.steps(tile);
-            if (steps == 0) {
-                if (sets_pace) pace.announce();
-                continue;
-            }
+        for (int n = 0;; ++n) {
+            const int index = proceed(n);
+            if (index >= products) break;
+            walk.find(index, tile);
             if (GATHER) gathered.start(rows.a, rows.row_index + tile.first, tile.count, rows.depth);
-            if (sets_pace) pace.wait(index, tile_stride(), walk.size());
-            for (int step = 0; step < steps; ++step, ring.advance()) {
+            if (sets_pace) pace.wait(index, tile_stride(), products);
+            for (int step = 0; step < rows.steps; ++step, ring.advance()) {
                 const int k = step * DEPTH;
-                if (sets_pace && step == max(0, steps - EARLY)) pace.announce();
+                if (sets_pace && step == max(0, rows.steps - EARLY)) pace.announce();
+                if (threadIdx.x == 0 && step == max(0, rows.steps - ASKING)) drawer.ask();
                 wait(ring.empty(), ring.parity ^ 1);
                 if (threadIdx.x == 0) {
                     arrive_expecting(ring.full(), SHARED_BYTES + (GATHER ? 0 : OWN_BYTES));
@@ -404,21 +410,23 @@ __device__ __forceinline__ void multiply_rows(
     };
     const auto multiply_all = [&] {
         Walk walk(shared().tiles, rows.num_groups, rows.column_tiles);
+        const int products = walk.products();
         Ring ring;
         Tile tile;
         uint32 held = 0;
-        for (int index = first_tile(); walk.find(index, tile); index += tile_stride()) {
-            const int steps = rows.steps(tile);
-            if (steps == 0) {
-                clear(tile);
-            } else if (block_row(0) >= tile.count) {
-                pass_tile(ring, steps + MORE_STEPS, held);
+        for (int n = 0;; ++n) {
+            const int index = same_in_warp(shared().queue.read(n));
+            if (index >= products) break;
+            walk.find(index, tile);
+            if (block_row(0) >= tile.count) {
+                pass_tile(ring, rows.steps + MORE_STEPS, held);
             } else {
                 Sums sums;
-                const Ring last = multiply_tile<false, TILE_MAJOR_B>(sums, ring, steps, held);
+                const Ring last = multiply_tile<false, TILE_MAJOR_B>(sums, ring, rows.steps, held);
                 held = finish(sums, tile, ring, last);
             }
         }
+        for (int index = products + first_tile(); walk.find(index, tile); index += tile_stride()) clear(tile);
         wait_for_reads<0>();
     };
     part(GATHER ? GATHER_ARRIVALS : COPY_ARRIVALS, fetch_all, multiply_all);
@@ -436,11 +444,11 @@ struct Nothing {
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm(
     const X* a, const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
     const __grid_constant__ TensorMap out_map, const int* offsets, const int* row_index, X* out,
-    int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles, uint32* due
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles, uint32* due, int* drawn
 ) {
     after_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
-    const Rows rows = {a, a_map, groups, row_index, num_groups, depth, column_tiles, due};
+    const Rows rows = {a, a_map, groups, row_index, num_groups, depth, column_tiles, due, drawn};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
         const int first = tile.column * SHARED + cluster_rank() * PART;
         copy_to_all<PART, !TRANSPOSE_B>(to, b_map, first, k, tile.group, full);
@@ -472,11 +480,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const X* x, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
     const __grid_constant__ TensorMap z_map, const __grid_constant__ TensorMap a_map, const int* offsets,
     const int* row_index, X* z, X* a,
-    int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, uint32* due
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, uint32* due, int* drawn
 ) {
     after_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
-    const Rows rows = {x, x_map, groups, row_index, num_groups, depth, column_tiles, due};
+    const Rows rows = {x, x_map, groups, row_index, num_groups, depth, column_tiles, due, drawn};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
         const int matrix = 2 * tile.group + cluster_rank();
         copy_to_all<PART, false>(to, w_map, tile.column * GATE_COLUMNS, k, matrix, full);
@@ -555,11 +563,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const __grid_constant__ TensorMap pa_map, const int* offsets, const int* row_index,
     const float* row_weights, X* dz, X* pa,
     float* dp_parts,
-    int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, uint32* due
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, uint32* due, int* drawn
 ) {
     after_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
-    const Rows rows = {dout, dout_map, groups, row_index, num_groups, depth, column_tiles, due};
+    const Rows rows = {dout, dout_map, groups, row_index, num_groups, depth, column_tiles, due, drawn};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
         copy_to_all<PART, true>(to, w_map, tile.column * SHARED + cluster_rank() * PART, k, tile.group, full);
     };
@@ -721,8 +729,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         bool more = true;
         const auto look_ahead = [&](int stage) {
             if (ahead_k >= ahead.count && more) {
-                if (threadIdx.x == 0) drawer.draw(shared().queue, ahead_n);
-                const int tile = shared().queue.read(ahead_n++);
+                if (threadIdx.x == 0) {
+                    drawer.hand_out(shared().queue, ahead_n);
+                    drawer.ask();
+                }
+                const int tile = same_in_warp(shared().queue.read(ahead_n++));
                 more = tile < tiles;
                 ahead = more ? rows_of(group_of(tile)) : Span{0, 0};
                 ahead_k = 0;
@@ -749,7 +760,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
             ring.advance();
         };
         for (int n = 0;; ++n) {
-            const int at = shared().queue.read(n);
+            const int at = same_in_warp(shared().queue.read(n));
             if (at >= tiles) {
                 begin_stage(at, 0);
                 arrive_after_copies(ring.full());

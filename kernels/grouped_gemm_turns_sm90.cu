@@ -23,6 +23,7 @@
 #include "common/pieces.cuh"
 #include "common/ring.cuh"
 #include "common/roles.cuh"
+#include "common/tile_queue.cuh"
 #include "common/tma.cuh"
 #include "common/types.cuh"
 #include "common/warp.cuh"
@@ -39,6 +40,7 @@ constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr int ROWS_BYTES = ROWS * DEPTH * 2, COLUMNS_BYTES = COLUMNS * DEPTH * 2;
 constexpr int STAGE_BYTES = ROWS_BYTES + COLUMNS_BYTES;
 constexpr int STAGES = 4;
+constexpr int ASKING = 4;  // so many steps before a tile's end its block asks for the next one
 // Of the 64K registers, what a fetching thread leaves to a multiplying one.
 constexpr int FETCH_REGISTERS = 40, MULTIPLY_REGISTERS = 232;
 
@@ -49,6 +51,7 @@ constexpr int WARP_BYTES = BUFFERS * PIECE_BYTES;
 
 struct Shared {
     RingBarriers<STAGES> barriers;
+    TileQueue queue;
     TileList tiles;
 };
 constexpr int SHARED_AT = STAGES * STAGE_BYTES + CONSUMERS * WARPGROUP / 32 * WARP_BYTES;
@@ -118,9 +121,11 @@ __device__ __forceinline__ Ring multiply_tile(Sums& sums, Ring& ring, int steps)
 extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 1) grouped_gemm(
     const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
     const __grid_constant__ TensorMap out_map, const int* offsets, X* out,
-    int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles, uint32* due
+    int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles,
+    uint32* due, int* drawn
 ) {
     after_earlier_kernels();
+    if (threadIdx.x == 0) shared().queue.init();
     if (threadIdx.x < 32)
         shared().tiles.fill({offsets, num_rows, chunks, chunk}, num_groups, Walk::ROWS, column_tiles);
     const int steps = (depth + DEPTH - 1) / DEPTH, stride = tile_stride();
@@ -145,20 +150,32 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         const int products = walk.products();
         // the other block of a cluster can't get far ahead of the one that waits
         Pace pace{cluster_rank() == 0 ? due : nullptr};
+        TileDrawer drawer{drawn};
         Ring ring;
         Tile tile;
         pace.announce();
-        for (int index = first_tile(); index < products && walk.find(index, tile); index += stride) {
+        drawer.hand_out(shared().queue, 0);
+        int index = shared().queue.read(0), n = 1;
+        const auto proceed = [&] {
+            drawer.hand_out(shared().queue, n);
+            index = shared().queue.read(n++);
+        };
+        for (; index < products; proceed()) {
+            walk.find(index, tile);
             pace.wait(index, stride, products);
             for (int step = 0; step < steps; ++step, ring.advance()) {
                 const int k = step * DEPTH;
                 if (step == steps - 1) pace.announce();
+                if (step == max(0, steps - ASKING)) drawer.ask();
                 wait(ring.empty(), ring.parity ^ 1);
                 arrive_expecting(ring.full(), STAGE_BYTES);
                 copy_part(ring, tile, k);
                 copy_own<ROWS, false>(ring.own(), a_map, tile.first, k, 0, ring.full());
             }
         }
+        // each of the two that multiply wants to see the end
+        drawer.ask();
+        proceed();
     };
     const auto multiply_all = [&] {
         Walk walk(shared().tiles, num_groups, column_tiles);
@@ -167,26 +184,32 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         Buffers buffers;
         Tile tile;
         ring.skip(consumer() * steps);
-        for (int index = first_tile() + consumer() * stride; walk.find(index, tile); index += CONSUMERS * stride) {
+        const auto tile_of_block = [&](int n) { return same_in_warp(shared().queue.read(n)); };
+        const auto place = [&]() -> TileOut<X> {
             const int first = tile.column * COLUMNS;
-            const TileOut<X> to = {
+            return {
                 out + int64(tile.first) * columns + first, columns, out_map, first, tile.first, 0, tile.count,
                 columns - first
             };
-            if (index >= products) {
-                clear<ROWS, COLUMNS>(to.at, 0, to.rows, to.columns, to.pitch);
-                continue;
-            }
-            const bool is_first = index < stride, is_last = index + stride >= products;  // of the block's
-            if (!is_first) wait_for_turn();
+        };
+        for (int n = consumer();; n += CONSUMERS) {
+            const int index = tile_of_block(n);
+            if (index >= products) break;
+            walk.find(index, tile);
+            const TileOut<X> to = place();
+            // The other's tile is known as soon as this one is fetched.
+            const auto give = [&] {
+                if (tile_of_block(n + 1) < products) give_turn();
+            };
+            if (n > 0) wait_for_turn();
             if (tile.count == 0) {
                 pass_stages(ring, steps);
-                if (!is_last) give_turn();
+                give();
             } else {
                 Sums sums;
                 const Ring last =
                     tile.count > 64 ? multiply_tile<2>(sums, ring, steps) : multiply_tile<1>(sums, ring, steps);
-                if (!is_last) give_turn();
+                give();
                 wait_for_products<0>();
 #pragma unroll
                 for (int m = 0; m < BLOCKS; ++m) keep_in_order<COLUMNS>(sums[m]);
@@ -196,6 +219,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                     store_rows<false>(buffers, to, 64 * m + warp() % 4 * 16, sums[m]);
             }
             ring.skip(steps);  // the other warpgroup's
+        }
+        for (int index = products + first_tile() + consumer() * stride; walk.find(index, tile);
+             index += CONSUMERS * stride) {
+            const TileOut<X> to = place();
+            clear<ROWS, COLUMNS>(to.at, 0, to.rows, to.columns, to.pitch);
         }
         wait_for_reads<0>();
     };

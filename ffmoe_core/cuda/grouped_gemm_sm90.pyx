@@ -23,17 +23,18 @@ cdef enum:
     STORED = 16   # rows of what a warp stores as one
     TURNS_COLUMNS = 192  # in the place of SHARED where warpgroups take turns
     MOST_GROUPS = 1024
-    COUNTERS = 8  # a layer's backward wants 5
-    # the stages, the spare buffers, then struct Shared: barriers, rows and the list of tiles
+    COUNTERS = 16  # a layer's backward wants at most 8
+    QUEUE_BYTES = 16 * (8 + 4)
+    # the stages, the spare buffers, then struct Shared: barriers, rows, the queue and the list of tiles
     STAGES_BYTES = STAGES * (OWN + SHARED) * DEPTH * 2
     BUFFERS_BYTES = 2 * 64 * 64 * 2
     BARRIERS_BYTES = STAGES * 2 * 8
     TILES_BYTES = (3 * MOST_GROUPS + 4) * 4
-    SHARED_BYTES = STAGES_BYTES + BUFFERS_BYTES + BARRIERS_BYTES + STAGES * DEPTH * 4 + TILES_BYTES
+    SHARED_BYTES = STAGES_BYTES + BUFFERS_BYTES + BARRIERS_BYTES + STAGES * DEPTH * 4 + QUEUE_BYTES + TILES_BYTES
     # the same where warpgroups take turns; each of their warps has three buffers
     TURNS_STAGES_BYTES = STAGES * (OWN + TURNS_COLUMNS) * DEPTH * 2
     TURNS_BUFFERS_BYTES = 2 * 4 * 3 * STORED * 64 * 2
-    TURNS_SHARED_BYTES = TURNS_STAGES_BYTES + TURNS_BUFFERS_BYTES + BARRIERS_BYTES + TILES_BYTES
+    TURNS_SHARED_BYTES = TURNS_STAGES_BYTES + TURNS_BUFFERS_BYTES + BARRIERS_BYTES + QUEUE_BYTES + TILES_BYTES
 
 cdef tuple TYPES = (<int>BFLOAT16, <int>FLOAT16)
 
@@ -139,6 +140,11 @@ cdef int cluster_count(Space space) except -1:
     return max((multiprocessor_count(space.device_id) - space.spared) // CLUSTER, 1)
 
 
+cdef bint has_more(Space space, int64_t num_rows, int64_t num_groups, int64_t column_tiles) except -1:
+    """Whether some cluster may have a second tile of a product of rows: then they are drawn."""
+    return (num_rows // (CLUSTER * OWN) + num_groups + 1) * column_tiles > cluster_count(space)
+
+
 cdef int launch(
     Space space, str entry, tuple defines, void** params, str file=FILE, unsigned int shared_bytes=SHARED_BYTES
 ) except -1:
@@ -163,11 +169,12 @@ cdef int grouped_gemm(
     map_matrices(&a_map, a, 1, a.dims[0], depth, OWN)
     map_matrices(&out_map, out, 1, num_rows, columns, STORED)
     map_matrices(&b_map, b, num_groups, b.dims[1], b.dims[2], SHARED // 2 if transpose_b else DEPTH)
-    cdef Array counter = counter_for(space, paced)
-    cdef uintptr_t due = address(counter)
-    cdef Parameter[15] params = [
+    cdef Array announced = counter_for(space, paced)
+    cdef Array taken = counter_for(space, has_more(space, num_rows, num_groups, column_tiles))
+    cdef uintptr_t due = address(announced), drawn = address(taken)
+    cdef Parameter[16] params = [
         &a.data, a_map.at, b_map.at, out_map.at, &expert_offsets.data, &index, &out.data,
-        &num_groups, &num_rows, &chunks, &chunk, &depth, &columns, &column_tiles, &due,
+        &num_groups, &num_rows, &chunks, &chunk, &depth, &columns, &column_tiles, &due, &drawn,
     ]
     return launch(space, "grouped_gemm", _gemm[a.dtype, gather, transpose_b], params)
 
@@ -185,11 +192,12 @@ cdef int grouped_gemm_in_turns(
     map_matrices(
         &b_map, b, num_groups, b.dims[1], b.dims[2], (TURNS_COLUMNS if transpose_b else DEPTH) // CLUSTER
     )
-    cdef Array counter = counter_for(space, paced)
-    cdef uintptr_t due = address(counter)
-    cdef Parameter[13] params = [
+    cdef Array announced = counter_for(space, paced)
+    cdef Array taken = counter_for(space, has_more(space, num_rows, num_groups, column_tiles))
+    cdef uintptr_t due = address(announced), drawn = address(taken)
+    cdef Parameter[14] params = [
         a_map.at, b_map.at, out_map.at, &expert_offsets.data, &out.data,
-        &num_groups, &num_rows, &chunks, &chunk, &depth, &columns, &column_tiles, &due,
+        &num_groups, &num_rows, &chunks, &chunk, &depth, &columns, &column_tiles, &due, &drawn,
     ]
     return launch(
         space, "grouped_gemm", _gemm_in_turns[a.dtype, transpose_b], params, TURNS_FILE, TURNS_SHARED_BYTES
@@ -238,11 +246,12 @@ cdef int grouped_glu(
     z_map.at = a_map.at
     if z is not None:
         map_halves(&z_map, z, num_rows, intermediate, STORED)
-    cdef Array counter = counter_for(space, paced)
-    cdef uintptr_t due = address(counter)
-    cdef Parameter[17] params = [
+    cdef Array announced = counter_for(space, paced)
+    cdef Array taken = counter_for(space, has_more(space, num_rows, num_groups, column_tiles))
+    cdef uintptr_t due = address(announced), drawn = address(taken)
+    cdef Parameter[18] params = [
         &x.data, x_map.at, w_map.at, z_map.at, a_map.at, &expert_offsets.data, &index, &kept, &a.data,
-        &num_groups, &num_rows, &chunks, &chunk, &depth, &intermediate, &column_tiles, &due,
+        &num_groups, &num_rows, &chunks, &chunk, &depth, &intermediate, &column_tiles, &due, &drawn,
     ]
     return launch(space, "grouped_glu", _glu[x.dtype, gather, act], params)
 
@@ -262,11 +271,12 @@ cdef int grouped_glu_backward(
     map_halves(&z_map, z, num_rows, intermediate, OWN)
     map_halves(&dz_map, dz, num_rows, intermediate, STORED)
     map_matrices(&pa_map, pa, 1, num_rows, intermediate, STORED)
-    cdef Array counter = counter_for(space, paced)
-    cdef uintptr_t due = address(counter)
-    cdef Parameter[20] params = [
+    cdef Array announced = counter_for(space, paced)
+    cdef Array taken = counter_for(space, has_more(space, num_rows, num_groups, column_tiles))
+    cdef uintptr_t due = address(announced), drawn = address(taken)
+    cdef Parameter[21] params = [
         &dout.data, dout_map.at, w_map.at, z_map.at, dz_map.at, pa_map.at, &expert_offsets.data, &index,
         &row_weights.data, &dz.data, &pa.data, &parts.data, &num_groups, &num_rows, &chunks, &chunk, &depth,
-        &intermediate, &column_tiles, &due,
+        &intermediate, &column_tiles, &due, &drawn,
     ]
     return launch(space, "grouped_glu_backward", _glu_backward[dout.dtype, gather, act], params)

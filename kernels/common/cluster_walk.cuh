@@ -17,7 +17,6 @@ template <int OWN> struct ClusterWalk {
     __device__ ClusterWalk(const TileList& list, int num_groups, int column_tiles)
         : tiles(list, num_groups, column_tiles) {}
 
-    __device__ int size() const { return tiles.list.first_tile[tiles.num_groups + 1]; }
     // The first so many are the groups'; then come those of the rows that are nobody's.
     __device__ int products() const { return tiles.list.first_tile[tiles.num_groups]; }
 

@@ -22,29 +22,30 @@ struct TileQueue {
     __device__ __forceinline__ void init() {
         for (int i = 0; i < SLOTS; ++i) init_barrier(shared_address(sent + i), 1);
     }
-    // The block's n-th tile; one from the number of tiles on stands for the end. For a whole warp, which must have read
-    // all earlier ones.
+    // The block's n-th tile; one from the number of tiles on stands for the end. For threads that have read all earlier
+    // ones.
     __device__ __forceinline__ int read(int n) const {
         wait(shared_address(sent + n % SLOTS), n / SLOTS % 2);
-        return same_in_warp(tiles[n % SLOTS]);
+        return tiles[n % SLOTS];
     }
 };
 
 // What the one thread of each block does that lets tiles come. A cluster's first tile is its own number; then come those
 // that nobody has drawn, or where there is no counter every stride-th.
 struct TileDrawer {
-    int* drawn;  // by all clusters, beside their first; zero before the kernel. Null: none has a second
+    int* drawn;  // by all clusters, beside their first; zero before the kernel. Null: none are drawn
     int upcoming = first_tile() - tile_stride();  // less the stride
 
-    // The n-th tile, which readers may wait for from now on.
-    __device__ __forceinline__ void draw(TileQueue& queue, int n) {
+    // Asks for the next one, which takes its time: a while before it is handed out.
+    __device__ __forceinline__ void ask() {
+        if (cluster_rank() == 0) upcoming = drawn == nullptr ? upcoming + tile_stride() : atomicAdd(drawn, 1);
+    }
+    // It is the n-th, which readers may wait for from now on.
+    __device__ __forceinline__ void hand_out(TileQueue& queue, int n) {
         const uint32 sent = shared_address(queue.sent + n % TileQueue::SLOTS);
         arrive_expecting(sent, sizeof(int));
         if (cluster_rank() != 0) return;
-        const int tile = upcoming + tile_stride();
         for (int block = 0; block < CLUSTER; ++block)
-            send(block, shared_address(queue.tiles + n % TileQueue::SLOTS), tile, sent);
-        // The next one, now: it takes its time, and is not looked at before it is wanted.
-        upcoming = drawn == nullptr ? tile : atomicAdd(drawn, 1);
+            send(block, shared_address(queue.tiles + n % TileQueue::SLOTS), upcoming + tile_stride(), sent);
     }
 };
