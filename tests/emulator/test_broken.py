@@ -81,7 +81,11 @@ BROKEN = {
         "            if (n > 0) wait_for_turn();\n",
         "",
         ("products", "grouped_gemm_in_turns, transpose_b=True"),
-        ("AssertionError", "more arrivals than it waits for", "nothing happens any more"),  # as the schedule has it
+        (
+            "AssertionError",
+            "more arrivals than it waits for",
+            "nothing happens any more",
+        ),  # as the schedule has it
     ),
     "a turn that is given before its stages are waited for": (
         "grouped_gemm_turns_sm90.cu",
