@@ -46,6 +46,7 @@ def overwrite(array, other):
     array.data.copy_from_device_async(other.data, other.nbytes)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_calls_right_behind_each_other(cupy_kind, dtype):
     """Kernels come to the multiprocessors before the one ahead of them has ended, and wait for its results."""
