@@ -71,8 +71,8 @@ class Timer:
         self.rounds = rounds
         self.random = random.Random(0)  # the same order on every rank
 
-    def medians(self, calls: dict[str, Call], *, from_idle: bool = False) -> dict[str, float]:
-        once = self._behind_another if self.device.type == "cuda" and not from_idle else self._from_idle
+    def medians(self, calls: dict[str, Call]) -> dict[str, float]:
+        once = self._on_a_gpu if self.device.type == "cuda" else self._on_a_cpu
         times: dict[str, list[float]] = {name: [] for name in calls}
         names = list(calls)
         for number in range(WARM_UP + self.rounds):
@@ -84,16 +84,14 @@ class Timer:
                     times[name].append(took.item())
         return {name: statistics.median(taken) for name, taken in times.items()}
 
-    def _from_idle(self, call: Call) -> float:
+    def _on_a_cpu(self, call: Call) -> float:
         call()
         dist.barrier()
-        self.wait()
         start = time.perf_counter()
         call()
-        self.wait()
         return 1e3 * (time.perf_counter() - start)
 
-    def _behind_another(self, call: Call) -> float:
+    def _on_a_gpu(self, call: Call) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         call()
         dist.all_reduce(torch.zeros(1, device=self.device))  # the GPUs begin together; no host waits for it

@@ -61,7 +61,6 @@ class Combining(NamedTuple):
     )
     rows: Any  # [N, W] on the experts' side, the other way round
     transfers: Any
-    beside: tuple[int, float]  # spared and spared_flop (glu_up) of a product beside it
 
 class ExpertParallelResult(NamedTuple):
     """What ``ExpertParallel.forward`` returns."""
@@ -189,7 +188,7 @@ class ExpertParallel:
 
         W is d_model, unless the gate reads ``router_input`` [T, d_model]: then x can have any width. ``meanwhile``
         is called when the tokens are on their way, to launch what can be computed beside that, on the same stream: with
-        the ``spared`` and ``spared_flop`` of ``glu_up`` that leave the exchange room.
+        the ``spared`` and ``spared_flop`` of ``glu_up`` that leave this exchange room, and those of combine.
         """
 
     def run_experts(

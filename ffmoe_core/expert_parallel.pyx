@@ -10,9 +10,9 @@ one row goes back for each that came. Backward goes the same ways: what was gath
 
 What is exchanged, and in which order, is the same on every rank, whatever its number of tokens.
 
-On a GPU an exchange keeps multiprocessors busy (``Communicator.multiprocessors``). A product that takes all of them,
-and stays until it is done, would then end twice as late as without it. So as many experts' products as an exchange
-takes leave them free (``Space.spared``), and the others come after them.
+On a GPU an exchange keeps multiprocessors busy (``Communicator.multiprocessors``). A product takes all of them, and
+stays until it is done: an exchange that comes later would begin when it ends. So as many experts' products as an
+exchange takes leave them free (``Space.spared``), and the others come after them.
 
 With ``ep_chunks`` a rank's tokens are cut into as many runs, which cross one after the other: while one is at the
 experts the next is on its way there, and the one before on its way home. Packed and received rows stand chunk by chunk.
@@ -90,7 +90,6 @@ class Combining(NamedTuple):
     packed: Any  # [num_sent, W]: in backward what is sent, in forward where rows land
     rows: Any  # [N, W]: in backward where they land, in forward what is sent
     transfers: Any  # of what is on its way, and waited for by the second half
-    beside: Any  # (int, float): what a product beside it leaves to it, as meanwhile's arguments
 
 
 class Underway:
@@ -471,7 +470,8 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask, mean
             for chunk in range(C)
         ]
     if meanwhile is not None:
-        meanwhile(*room_beside(comm, sizes, width * itemsize(tokens.dtype)))
+        row_bytes = width * itemsize(tokens.dtype)
+        meanwhile(comm.multiprocessors, FLOPS_A_BYTE * crossing_rows(comm, sizes) * row_bytes)
     transfer.wait()
     backend.sort(
         space, receiving.topk_idx, weights, -1, "position",
@@ -927,11 +927,6 @@ cdef int64_t crossing_rows(comm, sizes):
     return max(others_rows(sizes.sent, comm), others_rows(sizes.received, comm))
 
 
-def room_beside(comm, sizes, row_bytes):
-    """(multiprocessors, FLOP): what a product beside the tokens' exchange leaves to it, and for how long."""
-    return comm.multiprocessors, FLOPS_A_BYTE * crossing_rows(comm, sizes) * row_bytes
-
-
 # --- combine ---
 
 def _start_combine(layer, rows, dispatched):
@@ -942,9 +937,7 @@ def _start_combine(layer, rows, dispatched):
     check_shape(source, "rows", "[N, width]", sum(sizes.received), -1)
     cdef Space space = space_of(rows, source)
     (returned,), transfers = landing_of(layer, space, dispatched, [source], layer._steps["combine"])
-    # with chunks the last one is under way, the others are home
-    room = room_beside(layer.comm, sizes, source.dims[1] * itemsize(source.dtype) / layer.ep_chunks)
-    return Combining(space.export(returned), rows, transfers, room)
+    return Combining(space.export(returned), rows, transfers)
 
 
 def _finish_combine(layer, combining, dispatched):
@@ -999,5 +992,4 @@ def _start_combine_backward(layer, grad_output, dispatched):
     ]
     if dispatched.underway is not None:
         dispatched.underway.arriving, transfers = transfers, ()  # the experts wait for each
-    room = room_beside(layer.comm, sizes, width * itemsize(d_out.dtype))
-    return Combining(space.export(packed), space.export(d_rows), transfers, room)
+    return Combining(space.export(packed), space.export(d_rows), transfers)

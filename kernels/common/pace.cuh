@@ -1,9 +1,8 @@
-// Keeps blocks that each take every stride-th tile from drifting apart.
+// Keeps blocks that draw their tiles one by one in step.
 //
-// Tiles that run at the same time share operands in the second-level cache. Blocks whose tiles have fewer rows get
-// ahead of the others, tile by tile, until what they read has not come into the cache yet, or is no longer there
-// for the others: an expert's operands can be more than fits. So a block begins its n-th tile when all others are
-// about to.
+// Tiles that run at the same time share operands in the second-level cache. Blocks that begin theirs at any time ask
+// for up to two tiles' worth of them at once, which can be more than fits. So a block begins its n-th tile when all
+// others are about to.
 #pragma once
 
 #include "types.cuh"

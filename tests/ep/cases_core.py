@@ -334,6 +334,29 @@ def weight_gradients_in_parts(comm):
                 )
 
 
+@case("what a product beside the dispatch is to spare")
+def room_beside_the_dispatch(comm):
+    """Multiprocessors, for as long as the larger of what this rank sends to others and gets from them takes."""
+    layer = group_layer(BASE, uneven(comm.size), "float32")
+    asked = []
+    with (
+        mock.patch.object(comm, "multiprocessors", 2),
+        mock.patch.object(ffmoe_core.expert_parallel, "FLOPS_A_BYTE", 5.0),
+    ):
+        ep = ExpertParallel(comm, BASE)
+        x, gate = (
+            kind_of(comm).array(part, "float32")
+            for part in (layer.x[layer.cuts[comm.rank]], layer.gate_weight)
+        )
+        dispatched = ep.dispatch(x, gate, meanwhile=lambda *spared: asked.append(spared))
+    sent, received = (np.array(counts) for counts in (dispatched.sizes.sent, dispatched.sizes.received))
+    others = np.arange(comm.size) != comm.rank
+    rows = max(sent[others].sum(), received[others].sum())
+    assert asked == [(2, 5.0 * rows * 4 * BASE.d_model)]
+    assert rows or comm.size == 1
+    ep.combine(dispatched.received, dispatched)
+
+
 @case("nothing kept for backward")
 def inference(comm):
     layer = group_layer(BASE, uneven(comm.size), "float32")
