@@ -54,7 +54,8 @@ from ffmoe_core.comm.base import DEFAULT_TIMEOUT
 from ffmoe_core.comm.communicator import Parts, Transfer
 from ffmoe_torch import MoELayer, dense_glu
 from ffmoe_torch.communicator import communicator_for
-from ffmoe_torch.shared_expert import SharedExpert, Start
+from ffmoe_torch.dense_glu import Spared
+from ffmoe_torch.shared_expert import BesideExchanges, SharedExpert
 from timeline import EXCHANGES, LAYER, MARK, Span
 
 SHAPE = "8192,4096,1024,128,8"
@@ -186,9 +187,11 @@ class Switched:
         return started
 
 
-def not_beside(expert: SharedExpert, x: Tensor) -> Start:
-    """In the place of the layer's ``beside_exchanges``: computed where it is needed, and nothing is under way."""
-    return lambda _spared: lambda: lambda: expert(x)
+class NotBeside(BesideExchanges):
+    """In the place of the layer's: computed where it is needed, and nothing is under way."""
+
+    def start(self, spared: Spared) -> None:
+        pass
 
 
 @contextlib.contextmanager
@@ -198,7 +201,7 @@ def without(comm: Switched, off: Iterable[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, comm, "off", frozenset())
         if SHARED in comm.off:
-            stack.enter_context(mock.patch.object(ffmoe_torch.layer, "beside_exchanges", not_beside))
+            stack.enter_context(mock.patch.object(ffmoe_torch.layer, "BesideExchanges", NotBeside))
         yield
 
 

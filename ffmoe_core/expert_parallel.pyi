@@ -187,8 +187,9 @@ class ExpertParallel:
         """Route this rank's tokens, x [T, W], and send each to the ranks of its experts.
 
         W is d_model, unless the gate reads ``router_input`` [T, d_model]: then x can have any width. ``meanwhile``
-        is called when the tokens are on their way, to launch what can be computed beside that, on the same stream: with
-        the ``spared`` and ``spared_flop`` of ``glu_up`` that leave this exchange room, and those of combine.
+        is called while the host has yet to wait for the counts, to launch what can be computed until the tokens are
+        there: with the ``spared`` and ``spared_flop`` of ``glu_up`` that leave this exchange room, and those of
+        combine. On a stream of its own: the tokens leave when x's stream has done what was launched on it by then.
         """
 
     def run_experts(

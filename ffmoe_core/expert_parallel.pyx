@@ -440,6 +440,10 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask, mean
     cdef Array packed = space.empty((T * D, width), tokens.dtype)
     backend.permute(space, tokens, sending.row_token, sending.expert_offsets, packed)
     reading = comm.read(space, counts, step)
+    if meanwhile is not None:
+        # of the rows that leave nobody knows more yet than how many they are at most
+        row_bytes = width * itemsize(tokens.dtype)
+        meanwhile(comm.multiprocessors, FLOPS_A_BYTE * T * min(K, P - 1) * row_bytes)
     cdef Array balance = space.empty((2 * E + 1,), INT32) if group else None
     kept = [
         None if part is None else space.export(part)
@@ -469,9 +473,6 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask, mean
             exchange_chunk(comm, space, [(packed, received)], sizes.sent, sizes.received, chunk, step)
             for chunk in range(C)
         ]
-    if meanwhile is not None:
-        row_bytes = width * itemsize(tokens.dtype)
-        meanwhile(comm.multiprocessors, FLOPS_A_BYTE * crossing_rows(comm, sizes) * row_bytes)
     transfer.wait()
     backend.sort(
         space, receiving.topk_idx, weights, -1, "position",

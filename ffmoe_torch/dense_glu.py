@@ -45,22 +45,28 @@ def serves(x: Tensor, w_up: Tensor, w_down: Tensor) -> bool:
 
 
 def start_glu(
-    x: Tensor, w_up: Tensor, w_down: Tensor, activation: str, spared: Spared = NOTHING_SPARED
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: str,
+    spared: Spared = NOTHING_SPARED,
+    side: torch.cuda.Stream | None = None,
 ) -> Callable[[], Tensor]:
     """Launches the up-projection of x [*, H]; what it returns launches the rest, and gives the output [*, H].
 
     w_up [2J, H] and w_down [H, J] of x's dtype; under autocast all are cast to its dtype. ``spared`` is so by the
-    up-projection, by the rest, and in backward by the first product, that of dz. Raises the errors of ``glu_up`` and
-    ``glu_down``. A second derivative raises UnsupportedError.
+    up-projection, by the rest, and in backward by the first product, that of dz. ``side`` is a stream for the
+    up-projection, which the caller's has to wait for before the rest is launched; all else, and all of backward, stands
+    on the caller's. Raises the errors of ``glu_up`` and ``glu_down``. A second derivative raises UnsupportedError.
     """
     shape = x.shape
     tokens, up, down = (
         tensor.contiguous() for tensor in autocast_all(as_tokens(x, "x", w_up.shape[1]), w_up, w_down)
     )
     if not torch.is_grad_enabled() or not (tokens.requires_grad or up.requires_grad or down.requires_grad):
-        a, _ = glu_up(tokens, up, activation, keep_z=False, **_options(spared))
+        a, _ = _up_on(side, tokens, up, activation, spared, keep_z=False)
         return lambda: glu_down(a, down, **_options(spared)).view(shape)
-    z, a = _Up.apply(tokens, up, activation, spared)
+    z, a = _Up.apply(tokens, up, activation, spared, side)
     return lambda: _Down.apply(z, a, down, activation, spared).view(shape)
 
 
@@ -68,10 +74,35 @@ def _options(spared: Spared) -> dict[str, Any]:
     return {"spared": spared.multiprocessors, "spared_flop": spared.flop}
 
 
+def _up_on(
+    side: torch.cuda.Stream | None,
+    x: Tensor,
+    w_up: Tensor,
+    activation: str,
+    spared: Spared,
+    keep_z: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """``glu_up`` on a stream that branches off here, and whose end the caller sees to; None for the current one."""
+    run = partial(glu_up, x, w_up, activation, keep_z=keep_z, **_options(spared))
+    if side is None:
+        a, z = run()
+        return a, z
+    current = torch.cuda.current_stream(x.device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        a, z = run()
+    for tensor, elsewhere in ((x, side), (w_up, side), (a, current), (z, current)):
+        if tensor is not None:
+            tensor.record_stream(elsewhere)
+    return a, z
+
+
 class _Up(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w_up: Tensor, activation: str, spared: Spared) -> tuple[Tensor, Tensor]:
-        a, z = glu_up(x, w_up, activation, **_options(spared))
+    def forward(
+        ctx: Any, x: Tensor, w_up: Tensor, activation: str, spared: Spared, side: torch.cuda.Stream | None
+    ) -> tuple[Tensor | None, Tensor]:
+        a, z = _up_on(side, x, w_up, activation, spared)
         ctx.save_for_backward(x, w_up)
         ctx.mark_non_differentiable(a)  # its gradient is part of z's
         ctx.set_materialize_grads(False)
@@ -81,11 +112,11 @@ class _Up(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dz, _ = grads
         if dz is None:
-            return None, None, None, None
+            return None, None, None, None, None
         x, w_up = ctx.saved_tensors
         x_grad, weight_grad, *_ = ctx.needs_input_grad
         function = partial(glu_up_backward, x_grad=x_grad, weight_grad=weight_grad)
-        return *_gradients(function, dz, x, w_up), None, None
+        return *_gradients(function, dz, x, w_up), None, None, None
 
 
 class _Down(torch.autograd.Function):

@@ -30,7 +30,7 @@ from .functional import (
     routed_experts,
 )
 from .sharded import ShardedExperts
-from .shared_expert import SharedExpert, beside_exchanges, on_a_side_stream
+from .shared_expert import BesideExchanges, SharedExpert, on_a_side_stream
 from .stats import MoEStats, tokens_per_expert
 
 AUX_MODES = ("return", "inject")
@@ -235,11 +235,12 @@ class MoELayer(nn.Module):
             tokens, mask, weight_sums = self._arguments(x, valid_mask, w_up, w_down)
         else:
             tokens, mask, weight_sums = self._sharded.telling(self._arguments, x, valid_mask, w_up, w_down)
-        expert, shared, start_shared = self.shared_expert, None, None
+        expert, shared, beside = self.shared_expert, None, None
         if expert is not None and self._sharded is None:
             shared = on_a_side_stream(expert, tokens)
         elif expert is not None:
-            start_shared = beside_exchanges(expert, tokens)
+            beside = BesideExchanges(expert, tokens)
+            shared = beside.join
         router_input = None
         if self.jitter and self.training:
             noise = torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
@@ -266,7 +267,7 @@ class MoELayer(nn.Module):
             )
             output, balance = self._through_latent(output), routing
         else:
-            output, losses, routing, balance, shared = self._sharded(
+            output, losses, routing, balance = self._sharded(
                 tokens,
                 router_input,
                 gate_weight,
@@ -277,7 +278,7 @@ class MoELayer(nn.Module):
                 self.proj_down,
                 self.proj_up,
                 weight_sums,
-                start_shared,
+                beside,
             )
         statistics = losses.detach() if losses.requires_grad else losses
         if torch.compiler.is_compiling():

@@ -22,6 +22,7 @@ from ffmoe_core.expert_parallel import Combining, Dispatched, Sizes, Underway
 
 from .dense_glu import Spared
 from .functional import autocast_all, refuse_functorch, refuse_tangents
+from .shared_expert import BesideExchanges
 
 GRAD_REDUCTIONS = ("mean", "sum")
 
@@ -39,7 +40,6 @@ class ShardedOutput(NamedTuple):
     losses: Tensor  # [3]
     routing: Tensor  # uint8 [n], of this rank's tokens
     balance: Tensor  # uint8 [n], whose end is that of ``routing``, over the tokens that the losses are of
-    beside: Any  # what finish() returned, or None
 
 
 class ShardedExperts:
@@ -85,13 +85,11 @@ class ShardedExperts:
         proj_down: nn.Module | None,
         proj_up: nn.Module | None,
         weight_sums: Mapping[str, Tensor],
-        start_beside: Callable[[Spared], Callable[[], Any]] | None,
+        beside: BesideExchanges | None,
     ) -> ShardedOutput:
         """The routed experts' output for tokens [T, H]. With projections, what crosses is as narrow as they are.
 
-        ``weight_sums`` as for ``routed_experts``. ``finish = start_beside(spared)`` is called when the tokens are on
-        their way, and launches what can run until they are there; ``finish()`` does so when the rows are on their way
-        home. Both leave the exchange what is ``spared``.
+        ``weight_sums`` as for ``routed_experts``. ``beside`` is launched up to ``join``, which is left to the caller.
         """
         wire = tokens
         self.telling(_refuse_transforms, tokens, router_input, gate_weight, w_up, w_down)
@@ -101,7 +99,7 @@ class ShardedExperts:
         wire, router_input, gate_weight, w_up, w_down = autocast_all(
             wire, router_input, gate_weight, w_up, w_down
         )
-        call = _Call(self, weight_sums, start_beside)
+        call = _Call(self, weight_sums, beside)
         received, weights, losses = _Dispatch.apply(
             call, wire, router_input, gate_weight, w_up, w_down, expert_bias, valid_mask
         )
@@ -112,13 +110,13 @@ class ShardedExperts:
             (rows,) = autocast_all(self.telling(proj_down, rows))
         # Backward comes to what is between them when the second has started an exchange, and before the first waits.
         returned = _StartCombine.apply(call, rows)
-        beside = self.telling(call.finish_beside)
+        self.telling(call.finish_beside)
         output = _FinishCombine.apply(call, returned)
         dispatched = call.take()
         if proj_up is not None:
             output = self.telling(proj_up, output)
         balance = dispatched.routing if dispatched.balance is None else dispatched.balance.view(torch.uint8)
-        return ShardedOutput(output, losses, dispatched.routing, balance, beside)
+        return ShardedOutput(output, losses, dispatched.routing, balance)
 
     def gather(self, **weights: Tensor) -> dict[str, Tensor]:
         """Every rank's experts of each [experts, ...] tensor, on the CPU; one expert crosses at a time."""
@@ -163,14 +161,10 @@ class _Call:
     """What the functions of one forward call hand to each other, and so do their gradients."""
 
     def __init__(
-        self,
-        sharded: ShardedExperts,
-        weight_sums: Mapping[str, Tensor],
-        start_beside: Callable[[Spared], Callable[[], Any]] | None,
+        self, sharded: ShardedExperts, weight_sums: Mapping[str, Tensor], beside: BesideExchanges | None
     ) -> None:
-        self._start_beside = start_beside
-        self._finish_beside: Callable[[], Any] | None = None  # what it returned
-        self._stopped: _StopRecomputationError | None = None  # or raised
+        self._beside = beside
+        self._stopped: _StopRecomputationError | None = None  # what its start raised
         self._records = torch.is_grad_enabled()
         self.weight_scale = sharded.weight_scale
         self.weight_sums = weight_sums
@@ -184,24 +178,26 @@ class _Call:
 
     def start(self, multiprocessors: int, flop: float) -> None:
         """Launches what runs beside the dispatch; autograd, which is off inside of a function, records it."""
-        start, self._start_beside = self._start_beside, None
-        if start is not None:
+        if self._beside is not None:
             try:
                 with torch.set_grad_enabled(self._records):
-                    self._finish_beside = start(Spared(multiprocessors, flop))
-            except _StopRecomputationError as stop:  # no failure, and the dispatch is under way
+                    self._beside.start(Spared(multiprocessors, flop))
+            except _StopRecomputationError as stop:  # no failure, and the other ranks wait for this one's tokens
                 self._stopped = stop
 
-    def stop(self) -> None:
-        """What ended a recomputation while the tokens were on their way ends it now."""
+    def arrive(self) -> None:
+        """The tokens are there, or the caller's stream waits for them, and now for what ran beside them."""
+        if self._beside is not None:
+            self._beside.arrive()
         if self._stopped is not None:
             raise self._stopped
 
-    def finish_beside(self) -> Any:
+    def finish_beside(self) -> None:
         """Launches what runs while the rows are on their way home."""
-        finish, self._finish_beside = self._finish_beside, None
+        beside, self._beside = self._beside, None
         try:
-            return None if finish is None else finish()
+            if beside is not None:
+                beside.finish()
         except (
             _StopRecomputationError
         ):  # no failure, and what is on its way has memory until it is waited for
@@ -255,7 +251,7 @@ class _Dispatch(torch.autograd.Function):
             valid_mask=valid_mask,
             meanwhile=call.start,
         )
-        call.stop()
+        call.arrive()
         call.sizes = dispatched.sizes
         ctx.call = call
         ctx.save_for_backward(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .dense_glu import NOTHING_SPARED, Spared, serves, start_glu
+from .dense_glu import Spared, serves, start_glu
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -48,18 +48,10 @@ class SharedExpert(nn.Module):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.start(x)()
-
-    def start(self, x: Tensor, spared: Spared = NOTHING_SPARED) -> Callable[[], Tensor]:
-        """Launches the up-projection; what it returns launches the rest, and gives the output.
-
-        ``spared`` is what products of the runtime leave to an exchange.
-        """
         if serves(x, self.w_up, self.w_down):
-            return start_glu(x, self.w_up, self.w_down, self.activation, spared)
+            return start_glu(x, self.w_up, self.w_down, self.activation)()
         gate, up = F.linear(x, self.w_up).chunk(2, dim=-1)
-        a = _ACTIVATIONS[self.activation](gate) * up
-        return lambda: F.linear(a, self.w_down)
+        return F.linear(_ACTIVATIONS[self.activation](gate) * up, self.w_down)
 
     def extra_repr(self) -> str:
         d_model, intermediate = self.w_down.shape
@@ -67,8 +59,6 @@ class SharedExpert(nn.Module):
 
 
 Join = Callable[[], Tensor]
-Finish = Callable[[], Join]
-Start = Callable[[Spared], Finish]
 
 
 def on_a_side_stream(expert: nn.Module, x: Tensor) -> Join:
@@ -93,33 +83,45 @@ def on_a_side_stream(expert: nn.Module, x: Tensor) -> Join:
     return join
 
 
-def beside_exchanges(expert: nn.Module, x: Tensor) -> Start:
-    """``finish = start(spared)``, ``join = finish()``, ``output = join()``.
+class BesideExchanges:
+    """A shared expert of a layer whose experts are spread over ranks, in parts that run beside the layer's exchanges.
 
-    On a GPU ``start`` launches the up-projection and ``finish`` the rest, on the caller's stream: while an exchange is
-    under way, which has one of its own, and ahead of what waits for it. On a CPU ``join`` computes all of it.
+    On a GPU the exchanges have a stream of their own. On another runs the up-projection: it begins before the host knows
+    what to send, so that the tokens cannot be made to wait for it. The rest is launched on the caller's stream. On a CPU
+    ``join`` computes all of it.
     """
-    if not x.is_cuda:
-        return lambda spared: lambda: lambda: expert(x)
 
-    def start(spared: Spared) -> Finish:
-        launch_rest = _start(expert, x, spared)
+    def __init__(self, expert: nn.Module, x: Tensor) -> None:
+        self._expert = expert
+        self._x = x
+        self._launch_rest: Callable[[], Tensor] | None = None
+        self._output: Tensor | None = None
 
-        def finish() -> Join:
-            output = launch_rest()
-            return lambda: output
+    def start(self, spared: Spared) -> None:
+        """Launches what can run until the tokens have crossed."""
+        if self._x.is_cuda:
+            self._launch_rest = _start(self._expert, self._x, spared)
 
-        return finish
+    def arrive(self) -> None:
+        """After it, on the caller's stream, comes what wants the multiprocessors for itself."""
+        if self._x.is_cuda:
+            torch.cuda.current_stream(self._x.device).wait_stream(_side_stream(self._x.device))
 
-    return start
+    def finish(self) -> None:
+        """Launches what can run until the rows are home."""
+        if self._launch_rest is not None:
+            self._output = self._launch_rest()
+
+    def join(self) -> Tensor:
+        output: Tensor = self._expert(self._x) if self._output is None else self._output
+        return output
 
 
 def _start(expert: nn.Module, x: Tensor, spared: Spared) -> Callable[[], Tensor]:
-    """``expert.start(x, spared)``, but the whole of a module whose call somebody is to see."""
-    if isinstance(expert, SharedExpert) and not _watched(expert):
-        return expert.start(x, spared)
-    output: Tensor = expert(x)
-    return lambda: output
+    """The up-projection beside what the caller launches; all of a module that is not the runtime's, or is watched."""
+    if isinstance(expert, SharedExpert) and not _watched(expert) and serves(x, expert.w_up, expert.w_down):
+        return start_glu(x, expert.w_up, expert.w_down, expert.activation, spared, _side_stream(x.device))
+    return on_a_side_stream(expert, x)
 
 
 def _watched(module: nn.Module) -> bool:

@@ -51,9 +51,10 @@ except ImportError as error:
 TICK_SECONDS = 0.05  # between two looks at the exchanges under way
 HIGH_PRIORITY = -1  # of a stream: its blocks come first wherever a multiprocessor has room
 NOT_READY = 600  # cudaErrorNotReady
-# As many blocks as NCCL has channels between two GPUs, 32 of them on NVLink, each as large as a multiprocessor. Other
-# GPUs than Hopper's have none to be left free: there a product's blocks come and go, and an exchange finds room.
-MULTIPROCESSORS = {"90": 32}
+# Between two GPUs NCCL has up to 32 blocks on NVLink, each as large as a multiprocessor, in clusters of four that want
+# four neighbours: among exactly 32 that products leave free some find none. Other GPUs than Hopper's have none to be
+# left free: there a product's blocks come and go, and an exchange finds room.
+MULTIPROCESSORS = {"90": 40}
 
 
 @dataclass

@@ -92,10 +92,10 @@ def test_the_shared_expert_is_switched_off(monkeypatch):
     """The layer asks for what runs beside, and gets what does not."""
     comm = ep_overlap.Switched(LocalCommunicator())
     asked = ep_overlap.ffmoe_torch.layer
-    before = asked.beside_exchanges
+    before = asked.BesideExchanges
     with ep_overlap.without(comm, ["shared expert"]):
-        assert asked.beside_exchanges is ep_overlap.not_beside
-    assert asked.beside_exchanges is before
+        assert asked.BesideExchanges is ep_overlap.NotBeside
+    assert asked.BesideExchanges is before
     assert not comm.off
 
 

@@ -9,6 +9,9 @@ from ffmoe_core.comm.local import LocalCommunicator
 from ffmoe_core.cpu.backend import CpuBackend
 from ffmoe_torch import MoELayer, dense_glu
 from ffmoe_torch.dense_glu import start_glu
+from ffmoe_torch.shared_expert import BesideExchanges
+
+PARTS = ("start", "arrive", "finish", "join")
 
 
 class Logging(LocalCommunicator):
@@ -36,13 +39,12 @@ class Logging(LocalCommunicator):
         return finish
 
 
-def told(log, function, *names):
-    """``function``, that says it was called, and that what it returned was called, and so on."""
+def told(log, function, name):
+    """``function``, that says it was called."""
 
     def call(*arguments):
-        log.append(names[0])
-        result = function(*arguments)
-        return told(log, result, *names[1:]) if len(names) > 1 else result
+        log.append(name)
+        return function(*arguments)
 
     return call
 
@@ -51,7 +53,7 @@ def sharded_layer(log, monkeypatch, beside):
     """A layer with a shared expert that says what it launches. Its shared expert alone fills arrays."""
     for stage in STAGES:
         monkeypatch.setattr(CpuBackend, stage, staticmethod(told(log, getattr(CpuBackend, stage), stage)))
-    monkeypatch.setattr(ffmoe_torch.layer, "beside_exchanges", beside)
+    monkeypatch.setattr(ffmoe_torch.layer, "BesideExchanges", beside)
     layer = MoELayer(8, 8, 4, 2, num_shared_experts=1, aux_loss_coeff=0.1)
     layer.shard_experts(Logging(log))
     return layer
@@ -61,24 +63,20 @@ def sharded_layer(log, monkeypatch, beside):
 def log(monkeypatch):
     """What a forward call launches, in order."""
     log = []
-    beside = ffmoe_torch.layer.beside_exchanges
-    layer = sharded_layer(
-        log,
-        monkeypatch,
-        lambda expert, x: told(log, beside(expert, x), "shared expert", "its rest", "its output"),
-    )
+    parts = {name: told(log, getattr(BesideExchanges, name), f"shared expert: {name}") for name in PARTS}
+    layer = sharded_layer(log, monkeypatch, type("Told", (BesideExchanges,), parts))
     layer(torch.randn(6, 8))
     return log
 
 
 def test_nothing_that_can_wait_stands_between_the_counts_and_the_first_product(log):
     first = log.index("counts are there")
-    assert log[first + 1 : log.index("grouped_glu")] == ["dispatch", "shared expert", "sort"]
+    assert log[first + 1 : log.index("grouped_glu")] == ["dispatch", "sort", "shared expert: arrive"]
 
 
-def test_the_tokens_are_packed_while_the_host_is_at_the_counts(log):
+def test_tokens_are_packed_and_the_shared_expert_begins_while_the_host_is_at_the_counts(log):
     asked = log.index("counts")
-    assert log[asked + 1 : log.index("counts are there")] == ["permute"]
+    assert log[asked + 1 : log.index("counts are there")] == ["permute", "shared expert: start"]
 
 
 def test_the_losses_come_last(log):
@@ -86,36 +84,25 @@ def test_the_losses_come_last(log):
     assert log[log.index("grouped_gemm") + 1 :] == [
         "combine",
         "combine",
-        "its rest",
+        "shared expert: finish",
         "losses",
         "combine",
         "router_losses",
-        "its output",
+        "shared expert: join",
     ]
 
 
-def test_the_shared_expert_is_launched_when_the_tokens_are_on_their_way(log):
-    assert log[log.index("dispatch") + 1] == "shared expert"
+class OnTheRuntime(BesideExchanges):
+    """The kernels of a GPU's shared expert, launched when they are there."""
 
-
-def on_the_runtime(expert, x):
-    """In the place of ``beside_exchanges``: the kernels of a GPU's shared expert, launched when they are there."""
-
-    def start(spared):
-        launch_rest = start_glu(x, expert.w_up, expert.w_down, expert.activation, spared)
-
-        def finish():
-            output = launch_rest()
-            return lambda: output
-
-        return finish
-
-    return start
+    def start(self, spared):
+        expert = self._expert
+        self._launch_rest = start_glu(self._x, expert.w_up, expert.w_down, expert.activation, spared)
 
 
 def test_in_backward_the_shared_expert_comes_after_the_exchange_that_it_runs_beside(monkeypatch):
     log = []
-    layer = sharded_layer(log, monkeypatch, on_the_runtime)
+    layer = sharded_layer(log, monkeypatch, OnTheRuntime)
     output, _ = layer(torch.randn(6, 8))
     log.clear()
     output.sum().backward()
@@ -149,7 +136,7 @@ def test_the_shared_expert_leaves_an_exchange_its_multiprocessors(monkeypatch):
     names = ["glu_up", "glu_down", "glu_down_backward", "glu_up_backward"]
     for name in names:
         monkeypatch.setattr(dense_glu, name, watched(name))
-    layer = sharded_layer(log, monkeypatch, on_the_runtime)
+    layer = sharded_layer(log, monkeypatch, OnTheRuntime)
     layer(torch.randn(6, 8))[0].sum().backward()
     # nothing crosses to another rank
     assert asked == [*((name, 3, 0.0) for name in names[:3]), (names[3], 0, 0)]
@@ -158,14 +145,13 @@ def test_the_shared_expert_leaves_an_exchange_its_multiprocessors(monkeypatch):
 def test_nothing_waits_for_an_exchange_before_what_runs_beside_it(monkeypatch):
     log = []
     monkeypatch.setattr(Logging, "wait", lambda self: log.append("wait"))
-    layer = sharded_layer(log, monkeypatch, on_the_runtime)
+    layer = sharded_layer(log, monkeypatch, OnTheRuntime)
     output, _ = layer(torch.randn(6, 8))
 
     def beside(exchange):
         start = log.index(exchange)
         return log[start + 1 : log.index("wait", start)]
 
-    assert "grouped_glu" in beside("dispatch")
     home = len(log) - log[::-1].index("grouped_gemm")  # behind the shared expert's, the last
     assert log[:home].count("combine") == 2  # of the experts' rows, and their way home
     assert "wait" not in log[log.index("combine") : home]

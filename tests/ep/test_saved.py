@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import ffmoe_torch.layer
 from ffmoe_core.comm.local import LocalCommunicator
 from ffmoe_torch import MoELayer
+from ffmoe_torch.dense_glu import start_glu
+from ffmoe_torch.shared_expert import BesideExchanges
 
 
 class Recording(LocalCommunicator):
@@ -31,29 +33,20 @@ class Recording(LocalCommunicator):
         self.aborted.append(reason)
 
 
-def at_once(expert, x):
-    """In the place of the layer's ``beside_exchanges``: computed when it is launched, as on a GPU."""
+class AtOnce(BesideExchanges):
+    """In parts, as on a GPU."""
 
-    def start(spared):
-        launch_rest = expert.start(x, spared)
-
-        def finish():
-            output = launch_rest()
-            return lambda: output
-
-        return finish
-
-    return start
+    def start(self, spared):
+        expert = self._expert
+        self._launch_rest = start_glu(self._x, expert.w_up, expert.w_down, expert.activation, spared)
 
 
-def whole_at_once(expert, x):
-    """The same of a module with hooks, which is called as a whole."""
+class WholeAtOnce(BesideExchanges):
+    """As a module with hooks, which is called as a whole."""
 
-    def start(spared):
-        output = expert(x)
-        return lambda: lambda: output
-
-    return start
+    def start(self, spared):
+        output = self._expert(self._x)
+        self._launch_rest = lambda: output
 
 
 def test_hooks_that_copy_what_is_saved_change_nothing():
@@ -71,10 +64,10 @@ def test_hooks_that_copy_what_is_saved_change_nothing():
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("beside", [at_once, whole_at_once])
+@pytest.mark.parametrize("beside", [AtOnce, WholeAtOnce])
 def test_a_recomputation_may_stop_in_the_shared_expert(monkeypatch, beside):
     """Where nothing that comes after it wants a gradient: which is no failure of this rank."""
-    monkeypatch.setattr(ffmoe_torch.layer, "beside_exchanges", beside)
+    monkeypatch.setattr(ffmoe_torch.layer, "BesideExchanges", beside)
     comm = Recording()
     torch.manual_seed(0)
     layer = MoELayer(8, 8, 4, 2, num_shared_experts=1)
@@ -97,8 +90,9 @@ def test_the_other_ranks_hear_of_a_failure_in_the_shared_expert(monkeypatch):
     def fail(*_):
         raise ValueError("no")
 
-    for start in (fail, lambda _: fail):
-        monkeypatch.setattr(ffmoe_torch.layer, "beside_exchanges", lambda expert, x, start=start: start)
+    for part in ("start", "finish"):
+        failing = type("Failing", (BesideExchanges,), {part: fail})
+        monkeypatch.setattr(ffmoe_torch.layer, "BesideExchanges", failing)
         comm = Recording()
         layer = MoELayer(8, 8, 4, 2, num_shared_experts=1)
         layer.shard_experts(comm)
