@@ -39,7 +39,6 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 import ffmoe_torch.layer

@@ -182,7 +182,9 @@ class _Call:
             try:
                 with torch.set_grad_enabled(self._records):
                     self._beside.start(Spared(multiprocessors, flop))
-            except _StopRecomputationError as stop:  # no failure, and the other ranks wait for this one's tokens
+            except (
+                _StopRecomputationError
+            ) as stop:  # no failure, and the other ranks wait for this one's tokens
                 self._stopped = stop
 
     def arrive(self) -> None:

@@ -86,8 +86,8 @@ def on_a_side_stream(expert: nn.Module, x: Tensor) -> Join:
 class BesideExchanges:
     """A shared expert of a layer whose experts are spread over ranks, in parts that run beside the layer's exchanges.
 
-    On a GPU the exchanges have a stream of their own. On another runs the up-projection: it begins before the host knows
-    what to send, so that the tokens cannot be made to wait for it. The rest is launched on the caller's stream. On a CPU
+    On a GPU the exchanges have a stream of their own. The up-projection runs on another: it begins before the host
+    knows what to send, and must not keep the tokens waiting. The rest is launched on the caller's stream. On a CPU
     ``join`` computes all of it.
     """
 

@@ -1,10 +1,13 @@
 """Cases for every rank, with a GPU of its own: a sharded MoELayer over NCCL is the layer of one process."""
 
 from functools import partial
+from unittest import mock
 
 import torch
 from mpi4py import MPI
 
+import ffmoe_torch.layer
+from ffmoe_torch.shared_expert import BesideExchanges
 from tests.ep.cases_torch import (
     OPTIONS,
     check_layer,
@@ -77,3 +80,35 @@ def two_runs_the_same_bits(comm):
             leaf = x[cuts[comm.rank]].to("cuda", copy=True).requires_grad_()
             runs.append(results(layer, leaf))
         assert same(*runs)
+
+
+class AfterAll(BesideExchanges):
+    """Launched where its output is needed."""
+
+    def start(self, spared):
+        pass
+
+
+@case
+def a_shared_expert_on_a_stream_of_its_own(comm):
+    """What it reads there and autocast lets go of at once is not where the tokens arrive, nor is its output early."""
+    layer = make_layer(torch.float32, d_model=512, ffn_dim=512, num_experts=8, num_shared_experts=8).to(
+        "cuda"
+    )
+    layer.shard_experts(MPI.COMM_WORLD, "nccl")
+    torch.manual_seed(1 + comm.rank)
+    x = torch.randn(2048, 512, device="cuda", requires_grad=True)
+
+    def run(recording):
+        with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(recording):
+            output, _ = layer(x)
+        if not recording:
+            return [output]
+        return [output, *torch.autograd.grad(output.square().sum(), [x, *layer.shared_expert.parameters()])]
+
+    for recording in (False, True):
+        with mock.patch.object(ffmoe_torch.layer, "BesideExchanges", AfterAll):
+            want = run(recording)
+        for _ in range(10):
+            assert same(run(recording), want)
+            torch.full((8192, 512), float("nan"), device="cuda")  # takes what was just freed
