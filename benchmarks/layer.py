@@ -231,7 +231,8 @@ STAGE_OF = {
     "grouped_gemm_wgrad": ("dW_down", "dW_up", "router dgate"),
     "sum_parts": ("sums",),
     "route_backward": ("route backward",),
-    "dense_gemm": ("combine dx", "router dgate"),
+    "dense_gemm": ("router dgate",),
+    "router_dx": ("combine dx",),
     "split_terms": ("router dgate",),
 }
 OTHER = "other"

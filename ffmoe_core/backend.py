@@ -24,7 +24,8 @@ class Backend(Protocol):
     route_and_sort: Stage  # what `route` and `sort` do, in fewer launches
     router_losses: Stage
     route_backward: Stage
-    gate_backward: Stage  # one of its two outputs may be None: then it is left out
+    # One of its two outputs may be None: then it is left out. With topk_idx the logits' gradient is zero but there.
+    gate_backward: Stage
     # rows
     sort: Stage
     permute: Stage

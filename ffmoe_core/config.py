@@ -120,6 +120,15 @@ class MoEConfig:
         """Whether backward needs the router's logits; else the weights it gave say all there is to know."""
         return needs_logits(self.gating, self.norm_topk_prob, self.aux_loss_coeff, self.z_loss_coeff)
 
+    @property
+    def sparse_gradient(self) -> bool:
+        """Whether a token's logits have a gradient at the experts it was sent to alone.
+
+        No other score is part of a weight then, and no loss looks at all of them.
+        """
+        alone = self.gating != "softmax" or self.norm_topk_prob
+        return alone and self.aux_loss_coeff == 0 and self.z_loss_coeff == 0
+
     def capacity(self, num_tokens: int) -> int | None:
         """Most rows an expert may take of ``num_tokens`` tokens, or None where nothing bounds it."""
         if self.capacity_factor is None:

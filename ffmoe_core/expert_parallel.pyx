@@ -595,7 +595,8 @@ def _dispatch_backward(
         backend.gate_backward(space, d_logits, tokens, gate, None, None, None, d_gate)
         for transfer in transfers:
             transfer.wait()
-        backend.gate_backward(space, d_logits, tokens, gate, returned, token_rows, dx, None)
+        chosen = plan.topk_idx if config.sparse_gradient else None
+        backend.gate_backward(space, d_logits, tokens, gate, returned, token_rows, dx, None, chosen)
     else:
         d_router = space.empty((T, H), tokens.dtype)
         backend.gate_backward(space, d_logits, routed, gate, None, None, d_router, d_gate)

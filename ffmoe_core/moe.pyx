@@ -300,10 +300,11 @@ def moe_backward(
         routing.token_rows, dp, d_losses, d_logits,
     )
     cdef Array d_gate = space.empty((E, H), inputs.gate_weight.dtype)
+    cdef Array chosen = routing.topk_idx if config.sparse_gradient else None
     cdef Array dx = space.empty((T, H), dtype), d_router = None
     if router_input is None:
         backend.gate_backward(
-            space, d_logits, inputs.x, inputs.gate_weight, dx_rows, routing.token_rows, dx, d_gate
+            space, d_logits, inputs.x, inputs.gate_weight, dx_rows, routing.token_rows, dx, d_gate, chosen
         )
     else:
         d_router = space.empty((T, H), dtype)

@@ -35,7 +35,7 @@ def gate_logits(Space space, Array x, Array gate_weight, Array logits):
 
 def gate_backward(
     Space space, Array dlogits, Array x, Array gate_weight, Array rows, Array token_rows, Array dx,
-    Array dgate_weight,
+    Array dgate_weight, Array topk_idx=None,
 ):
     cdef int32_t[2] offsets = [0, <int32_t>x.dims[0]]
     if rows is not None:

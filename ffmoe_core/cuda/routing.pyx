@@ -3,7 +3,7 @@
 from libc.stdint cimport int32_t, int64_t
 
 from ..arrays cimport FLOAT32, FLOAT64, UINT8, Array, Space, itemsize
-from . cimport gate_logits_sm90, gate_wgrad_sm90
+from . cimport gate_logits_sm90, gate_wgrad_sm90, router_dx
 from .dense_gemm cimport dense_gemm
 from .launch cimport Parameter, kernel
 from .placement cimport Plan, Slots, in_chunks, place_bytes
@@ -91,10 +91,13 @@ def gate_logits(Space space, Array x, Array gate_weight, Array logits):
 
 def gate_backward(
     Space space, Array dlogits, Array x, Array gate_weight, Array rows, Array token_rows, Array dx,
-    Array dgate_weight,
+    Array dgate_weight, Array topk_idx=None,
 ):
     if dx is not None:
-        dense_gemm(space, dlogits, gate_weight, dx, False, False, rows, token_rows)
+        if topk_idx is not None and rows is not None and router_dx.serves(dlogits, gate_weight, rows, dx):
+            router_dx.router_dx(space, dlogits, topk_idx, gate_weight, rows, token_rows, dx)
+        else:
+            dense_gemm(space, dlogits, gate_weight, dx, False, False, rows, token_rows)
     if dgate_weight is None:
         return
     if gate_wgrad_sm90.serves(space, dlogits, x, dgate_weight):

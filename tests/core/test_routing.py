@@ -314,6 +314,57 @@ def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts
         assert same_bits(kind, (dx_alone, d_gate_alone), (dx, d_gate))
 
 
+@pytest.mark.parametrize("float32_gate", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "num_experts", "top_k", "rows_a_token"),
+    [
+        (300, 1032, 136, 8, 8),
+        (700, 264, 40, 10, 2),  # as of ranks that send a row each
+        (33, 40, 24, 3, 3),
+        (5, 2056, 1000, 6, 11),
+        (1000, 520, 8, 8, 1),
+        (67, 130, 5, 2, 2),
+        (1, 8, 1, 1, 1),
+        (0, 8, 4, 2, 2),
+    ],
+)
+def test_gradients_of_chosen_experts_alone(
+    kind, num_tokens, width, num_experts, top_k, rows_a_token, dtype, float32_gate
+):
+    """The same as of all experts, most of them zero; some pairs are no expert's, and some slots no row's."""
+    W = router_dtype(dtype)
+    gate_dtype = W if float32_gate else dtype
+    rng = np.random.default_rng(0)
+    x, gate = (
+        rounded(rng.standard_normal((count, width)), of)
+        for count, of in ((num_tokens, dtype), (num_experts, gate_dtype))
+    )
+    rows = rounded(rng.standard_normal((2 * num_tokens, width)), dtype)
+    token_rows = rng.integers(-1, max(len(rows), 1), (num_tokens, rows_a_token))
+    idx = np.argsort(rng.random((num_tokens, num_experts)), axis=1)[:, :top_k]
+    d_logits = np.zeros((num_tokens, num_experts))
+    np.put_along_axis(d_logits, idx, rounded(rng.standard_normal(idx.shape), W), axis=1)
+    for t in range(0, num_tokens, 7):  # left out
+        idx[t], d_logits[t] = -1, 0
+    dx = kind.full(x.shape, np.nan, dtype)
+    arrays = [
+        kind.array(d_logits, W),
+        kind.array(x, dtype),
+        kind.array(gate, gate_dtype),
+        kind.array(rows, dtype),
+    ]
+    named = [kind.array(token_rows, "int32"), dx, None, kind.array(idx, "int32")]
+    call_stage(kind, "gate_backward", *arrays, *named)
+    sums = np.zeros(x.shape)
+    for t, j in zip(*np.nonzero(token_rows >= 0), strict=True):
+        sums[t] += rows[token_rows[t, j]]
+    want = d_logits @ gate + sums
+    assert_close(numbers(kind, dx), want, dtype, "dx")
+    if dtype == "float32":
+        assert np.linalg.norm(numbers(kind, dx) - want) <= 1e-6 * np.linalg.norm(want)
+
+
 def route_backward(
     kind,
     config,
@@ -397,7 +448,12 @@ def test_gradient_of_the_logits(
     assert (got[~valid] == 0).all()
     # where one expert is all there is, gradients cancel to rounding noise of terms of size 1
     bound = 1e-12 if dtype == "float64" else 5e-6
-    assert np.max(np.abs(got - want), initial=0) <= bound * max(np.max(np.abs(want), initial=0), 1)
+    most = bound * max(np.max(np.abs(want), initial=0), 1)
+    assert np.max(np.abs(got - want), initial=0) <= most
+    if config.sparse_gradient:
+        chosen = (outputs[0][:, :, None] == np.arange(config.num_experts)).any(axis=1)
+        assert (want[~chosen] == 0).all()
+        assert np.max(np.abs(got[~chosen]), initial=0) <= most
 
 
 @pytest.mark.parametrize("with_logits", [True, False])

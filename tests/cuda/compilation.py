@@ -16,6 +16,7 @@ from ffmoe_core.cuda import (
     grouped_gemm,
     grouped_gemm_sm90,
     permute,
+    router_dx,
     routing,
 )
 from ffmoe_core.cuda.compile import compile_options, kernel_directory, only_architecture
@@ -30,6 +31,7 @@ STAGES = (
     dense_gemm,
     gate_logits_sm90,
     gate_wgrad_sm90,
+    router_dx,
 )
 
 
