@@ -19,6 +19,7 @@
 #include "common/epilogue.cuh"
 #include "common/launch_order.cuh"
 #include "common/mma.cuh"
+#include "common/packed.cuh"
 #include "common/types.cuh"
 
 using TypeA = type_of<A_TYPE>;
@@ -273,11 +274,6 @@ constexpr int STRIDE = THREADS / LANES;         // between a thread's rows
 constexpr int PITCH = TILE + 8;  // of sums: the lanes that write at the same time do so in different banks
 static_assert(TILE * PITCH * sizeof(float) <= SHARED_BYTES);
 
-// Eight elements in memory, as they are.
-template <class Out> struct alignas(16) Eight {
-    Out at[WIDTH];
-};
-
 // Rows that are added to those of a tile: to row i the ones that token_rows[i, 0 .. top_k) names, if they exist.
 struct AddedRows {
     const TypeOut* rows;  // at the tile's first column
@@ -292,7 +288,7 @@ struct AddedRows {
         constexpr int LOADS = 8 / ROWS;  // of a row, on their way at the same time
         for (int first = 0; first < top_k; first += LOADS) {
             int name[ROWS][LOADS];
-            Eight<TypeOut> piece[ROWS][LOADS];
+            Packed<TypeOut, WIDTH> piece[ROWS][LOADS];
 #pragma unroll
             for (int i = 0; i < ROWS; ++i)
 #pragma unroll
@@ -303,16 +299,14 @@ struct AddedRows {
             for (int i = 0; i < ROWS; ++i)
 #pragma unroll
                 for (int k = 0; k < LOADS; ++k) {
-                    piece[i][k] = Eight<TypeOut>{};
+                    piece[i][k] = {};
                     if (uint32(name[i][k]) < uint32(count))
-                        piece[i][k] = *reinterpret_cast<const Eight<TypeOut>*>(rows + name[i][k] * pitch + column);
+                        piece[i][k] = load_packed<TypeOut, WIDTH>(rows + name[i][k] * pitch + column);
                 }
 #pragma unroll
             for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-                for (int k = 0; k < LOADS; ++k)
-#pragma unroll
-                    for (int j = 0; j < WIDTH; ++j) values[i][j] += widen(piece[i][k].at[j]);
+                for (int k = 0; k < LOADS; ++k) piece[i][k].add_to(values[i]);
         }
     }
 };

@@ -295,3 +295,35 @@ def test_another_module_in_its_place(device):
     x = torch.randn(9, H, device=device)
     linear = nn.Linear(H, H, device=device)
     assert torch.equal(shared_expert._start(linear, x, NOTHING_SPARED)(), linear(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("beside", [True, False])
+def test_memory_stays_until_the_other_stream_has_done_with_it(beside):
+    """That of x, which nobody may hold any more, and that of a; on one stream it is free for others at once."""
+    tokens, width = 65536, 264
+    x, weight = (
+        torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+        for shape in ((tokens, width), (2 * width, width))
+    )
+    dense_glu.glu_up(x, weight)  # compiles
+    side = torch.cuda.Stream()
+
+    def places():
+        """Where so much memory, which only itself would have room for, is to be had now."""
+        return {new.data_ptr() for new in [weight.new_empty(tokens, width) for _ in range(4)]}
+
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(500_000_000)
+    a, _ = dense_glu._up_on(side if beside else None, x, weight, "swiglu", NOTHING_SPARED, keep_z=False)
+    place = x.data_ptr()
+    del x
+    assert (place in places()) != beside
+    torch.cuda.synchronize()
+    torch.cuda._sleep(500_000_000)
+    place = a.data_ptr()
+    del a
+    with torch.cuda.stream(side if beside else torch.cuda.current_stream()):
+        assert (place in places()) != beside
+    torch.cuda.synchronize()
