@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from ffmoe_core import glu_down, glu_down_backward, glu_up, glu_up_backward
 
 from .functional import as_tokens, autocast_all, no_second_derivative, nothing_between
+from .side_stream import beside
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -51,58 +52,43 @@ def start_glu(
     activation: str,
     spared: Spared = NOTHING_SPARED,
     side: torch.cuda.Stream | None = None,
-) -> Callable[[], Tensor]:
+) -> Callable[..., Tensor]:
     """Launches the up-projection of x [*, H]; what it returns launches the rest, and gives the output [*, H].
 
     w_up [2J, H] and w_down [H, J] of x's dtype; under autocast all are cast to its dtype. ``spared`` is so by the
-    up-projection, by the rest, and in backward by the first product, that of dz. ``side`` is a stream for the
-    up-projection, which the caller's has to wait for before the rest is launched; all else, and all of backward, stands
-    on the caller's. Raises the errors of ``glu_up`` and ``glu_down``. A second derivative raises UnsupportedError.
+    up-projection, by the rest, and in backward by the first product, that of dz. ``side``, for either part, is a stream
+    as ``beside`` wants it, which the current one has to wait for; backward stands on the current one. Raises the errors
+    of ``glu_up`` and ``glu_down``. A second derivative raises UnsupportedError.
     """
     shape = x.shape
     tokens, up, down = (
         tensor.contiguous() for tensor in autocast_all(as_tokens(x, "x", w_up.shape[1]), w_up, w_down)
     )
     if not torch.is_grad_enabled() or not (tokens.requires_grad or up.requires_grad or down.requires_grad):
-        a, _ = _up_on(side, tokens, up, activation, spared, keep_z=False)
-        return lambda: glu_down(a, down, **_options(spared)).view(shape)
+        a, _ = beside(side, _up_function(activation, spared, keep_z=False), tokens, up)
+        return lambda side=None: beside(side, _down_function(spared), a, down).view(shape)
     z, a = _Up.apply(tokens, up, activation, spared, side)
-    return lambda: _Down.apply(z, a, down, activation, spared).view(shape)
+    return lambda side=None: _Down.apply(z, a, down, activation, spared, side).view(shape)
+
+
+def _up_function(activation: str, spared: Spared, keep_z: bool = True) -> Callable[..., Any]:
+    return partial(glu_up, activation=activation, keep_z=keep_z, **_options(spared))
+
+
+def _down_function(spared: Spared) -> Callable[..., Any]:
+    return partial(glu_down, **_options(spared))
 
 
 def _options(spared: Spared) -> dict[str, Any]:
     return {"spared": spared.multiprocessors, "spared_flop": spared.flop}
 
 
-def _up_on(
-    side: torch.cuda.Stream | None,
-    x: Tensor,
-    w_up: Tensor,
-    activation: str,
-    spared: Spared,
-    keep_z: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """``glu_up`` on a stream that branches off here, and whose end the caller sees to; None for the current one."""
-    run = partial(glu_up, x, w_up, activation, keep_z=keep_z, **_options(spared))
-    if side is None:
-        a, z = run()
-        return a, z
-    current = torch.cuda.current_stream(x.device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        a, z = run()
-    for tensor, elsewhere in ((x, side), (w_up, side), (a, current), (z, current)):
-        if tensor is not None:
-            tensor.record_stream(elsewhere)
-    return a, z
-
-
 class _Up(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w_up: Tensor, activation: str, spared: Spared, side: torch.cuda.Stream | None
-    ) -> tuple[Tensor | None, Tensor]:
-        a, z = _up_on(side, x, w_up, activation, spared)
+    ) -> tuple[Tensor, Tensor]:
+        a, z = beside(side, _up_function(activation, spared), x, w_up)
         ctx.save_for_backward(x, w_up)
         ctx.mark_non_differentiable(a)  # its gradient is part of z's
         ctx.set_materialize_grads(False)
@@ -121,17 +107,26 @@ class _Up(torch.autograd.Function):
 
 class _Down(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, a: Tensor, w_down: Tensor, activation: str, spared: Spared) -> Tensor:
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        a: Tensor,
+        w_down: Tensor,
+        activation: str,
+        spared: Spared,
+        side: torch.cuda.Stream | None,
+    ) -> Tensor:
         ctx.activation, ctx.spared = activation, spared
         ctx.save_for_backward(z, w_down)
         ctx.set_materialize_grads(False)
-        return glu_down(a, w_down, **_options(spared))
+        output: Tensor = beside(side, _down_function(spared), a, w_down)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (d_out,) = grads
         if d_out is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         z, w_down = ctx.saved_tensors
         function = partial(
             glu_down_backward,
@@ -140,7 +135,7 @@ class _Down(torch.autograd.Function):
             **_options(ctx.spared),
         )
         dz, dw_down = _gradients(function, d_out.contiguous(), z, w_down)
-        return dz, None, dw_down, None, None
+        return dz, None, dw_down, None, None, None
 
 
 def _gradients(function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .dense_glu import Spared, serves, start_glu
+from .side_stream import beside, side_stream_of
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -64,16 +65,23 @@ Join = Callable[[], Tensor]
 def on_a_side_stream(expert: nn.Module, x: Tensor) -> Join:
     """Launches the expert beside what the caller launches until ``output = join()``.
 
-    On a CPU, and in a compiled graph, which orders its work itself, ``join`` computes it.
+    ``join`` computes it on a CPU, in a compiled graph, which orders its work itself, and where it is another module
+    than ours, or hooks are to see its call.
     """
-    if not x.is_cuda or torch.compiler.is_compiling():
+    if (
+        not x.is_cuda
+        or torch.compiler.is_compiling()
+        or not isinstance(expert, SharedExpert)
+        or _watched(expert)
+    ):
         return lambda: expert(x)
-    current, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
-    side.wait_stream(current)
-    # Backward reads x on the side stream and may be the last to do so.
-    x.record_stream(side)
-    with torch.cuda.stream(side):
-        output = expert(x)
+    current = torch.cuda.current_stream(x.device)
+    side = side_stream_of(current)
+    if serves(x, expert.w_up, expert.w_down):
+        output = start_glu(x, expert.w_up, expert.w_down, expert.activation, side=side)(side)
+    else:
+        # torch's operations, of which autograd runs backward there, too, and may be the last to read x
+        output = beside(side, expert, x)
 
     def join() -> Tensor:
         current.wait_stream(side)
@@ -87,8 +95,8 @@ class BesideExchanges:
     """A shared expert of a layer whose experts are spread over ranks, in parts that run beside the layer's exchanges.
 
     On a GPU the exchanges have a stream of their own. The up-projection runs on another: it begins before the host
-    knows what to send, and must not keep the tokens waiting. The rest is launched on the caller's stream. On a CPU
-    ``join`` computes all of it.
+    knows what to send, and must not keep the tokens waiting. The rest is launched on the caller's stream; all of it is
+    where the expert's products are not the runtime's, or hooks are to see its call. On a CPU ``join`` computes it.
     """
 
     def __init__(self, expert: nn.Module, x: Tensor) -> None:
@@ -99,13 +107,23 @@ class BesideExchanges:
 
     def start(self, spared: Spared) -> None:
         """Launches what can run until the tokens have crossed."""
-        if self._x.is_cuda:
-            self._launch_rest = _start(self._expert, self._x, spared)
+        expert, x = self._expert, self._x
+        if not x.is_cuda:
+            return
+        self._launch_rest = partial(expert, x)
+        if (
+            isinstance(expert, SharedExpert)
+            and not _watched(expert)
+            and serves(x, expert.w_up, expert.w_down)
+        ):
+            side = side_stream_of(torch.cuda.current_stream(x.device))
+            self._launch_rest = start_glu(x, expert.w_up, expert.w_down, expert.activation, spared, side)
 
     def arrive(self) -> None:
         """After it, on the caller's stream, comes what wants the multiprocessors for itself."""
         if self._x.is_cuda:
-            torch.cuda.current_stream(self._x.device).wait_stream(_side_stream(self._x.device))
+            current = torch.cuda.current_stream(self._x.device)
+            current.wait_stream(side_stream_of(current))
 
     def finish(self) -> None:
         """Launches what can run until the rows are home."""
@@ -115,13 +133,6 @@ class BesideExchanges:
     def join(self) -> Tensor:
         output: Tensor = self._expert(self._x) if self._output is None else self._output
         return output
-
-
-def _start(expert: nn.Module, x: Tensor, spared: Spared) -> Callable[[], Tensor]:
-    """The up-projection beside what the caller launches; all of a module that is not the runtime's, or is watched."""
-    if isinstance(expert, SharedExpert) and not _watched(expert) and serves(x, expert.w_up, expert.w_down):
-        return start_glu(x, expert.w_up, expert.w_down, expert.activation, spared, _side_stream(x.device))
-    return on_a_side_stream(expert, x)
 
 
 def _watched(module: nn.Module) -> bool:
@@ -134,8 +145,3 @@ def _watched(module: nn.Module) -> bool:
         or module._compiled_call_impl is not None
         or _has_any_global_hook()
     )
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

@@ -91,7 +91,7 @@ class AfterAll(BesideExchanges):
 
 @case
 def a_shared_expert_on_a_stream_of_its_own(comm):
-    """Begun early, and beside all else, it is what it is after all; also of copies that autocast makes and lets go of."""
+    """Begun early it is what it is after all; also where autocast makes copies, and lets go of them at once."""
     options = {"d_model": 512, "ffn_dim": 512, "num_experts": 8, "num_shared_experts": 8}
     layer = make_layer(torch.float32, **options).to("cuda")
     layer.shard_experts(MPI.COMM_WORLD, "nccl")

@@ -15,7 +15,8 @@ from ffmoe_core.config import ACTIVATIONS
 from ffmoe_core.errors import DTypeError, ShapeError, UnsupportedError
 from ffmoe_torch import dense_glu, shared_expert
 from ffmoe_torch.dense_glu import NOTHING_SPARED, serves, start_glu
-from ffmoe_torch.shared_expert import SharedExpert
+from ffmoe_torch.shared_expert import BesideExchanges, SharedExpert, on_a_side_stream
+from ffmoe_torch.side_stream import side_stream_of
 from tests import reference
 from tests.support import assert_close
 from tests.torch.checks import numbers, same
@@ -265,6 +266,15 @@ def test_the_module_asks_and_is_asked(device, monkeypatch):
         torch.testing.assert_close(got[name], want[name])
 
 
+def at_an_exchange(expert, x):
+    """As ``on_a_side_stream``, in the parts of a layer whose experts are spread over ranks."""
+    parts = BesideExchanges(expert, x)
+    parts.start(NOTHING_SPARED)
+    parts.arrive()
+    parts.finish()
+    return parts.join
+
+
 WATCHERS = {
     "a forward hook": lambda expert, see: expert.register_forward_hook(lambda *_: see()),
     "a forward pre-hook": lambda expert, see: expert.register_forward_pre_hook(lambda *_: see()),
@@ -276,54 +286,82 @@ WATCHERS = {
 }
 
 
+@pytest.mark.parametrize("launch", [on_a_side_stream, at_an_exchange])
 @pytest.mark.parametrize("watcher", WATCHERS)
-def test_hooks_see_the_call_of_the_module(device, watcher):
-    expert, x = make(device, torch.float32, 9)
+def test_hooks_see_the_call_of_the_module(device, watcher, launch):
+    expert, x = make(device, torch.bfloat16, 9)
     seen = []
     hook = WATCHERS[watcher](expert, lambda: seen.append(1))
     try:
-        output = shared_expert._start(expert, x, NOTHING_SPARED)()
+        output = launch(expert, x)()
         output.sum().backward()
     finally:
         hook.remove()
     assert seen == [1]
-    assert torch.equal(output, shared_expert._start(expert, x, NOTHING_SPARED)())
+    assert torch.equal(output, launch(expert, x)())
     assert seen == [1]
 
 
-def test_another_module_in_its_place(device):
+@pytest.mark.parametrize("launch", [on_a_side_stream, at_an_exchange])
+def test_another_module_in_its_place(device, launch):
     x = torch.randn(9, H, device=device)
     linear = nn.Linear(H, H, device=device)
-    assert torch.equal(shared_expert._start(linear, x, NOTHING_SPARED)(), linear(x))
+    assert torch.equal(launch(linear, x)(), linear(x))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("beside", [True, False])
-def test_memory_stays_until_the_other_stream_has_done_with_it(beside):
-    """That of x, which nobody may hold any more, and that of a; on one stream it is free for others at once."""
+@pytest.mark.parametrize("launch", [on_a_side_stream, at_an_exchange])
+def test_backward_is_on_the_streams_of_its_caller(monkeypatch, launch):
+    """Its gradients are added up there, and memory of the runtime is not kept for other streams than its own."""
+    streams = {}
+
+    def told(name, function):
+        def call(*arguments, **options):
+            streams[name] = torch.cuda.current_stream()
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("glu_up", "glu_down", "glu_down_backward", "glu_up_backward"):
+        monkeypatch.setattr(dense_glu, name, told(name, getattr(dense_glu, name)))
+    expert, x = make("cuda", torch.bfloat16, 9)
+    caller = torch.cuda.Stream()
+    with torch.cuda.stream(caller):
+        launch(expert, x)().sum().backward()
+    assert streams["glu_up"] == side_stream_of(caller) != caller
+    assert streams["glu_down"] == (caller if launch is at_an_exchange else side_stream_of(caller))
+    assert streams["glu_down_backward"] == streams["glu_up_backward"] == caller
+    caller.synchronize()
+
+
+@pytest.mark.gpu
+def test_a_stream_beside_another_is_its_own():
+    streams = [torch.cuda.Stream() for _ in range(40)]  # more than torch has different ones
+    sides = {side_stream_of(stream) for stream in streams}
+    assert len(sides) == len(set(streams))
+    assert not sides & set(streams)
+    assert {side_stream_of(stream) for stream in streams} == sides
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("on_the_side", [True, False])
+def test_memory_stays_until_the_other_stream_has_done_with_it(on_the_side):
+    """That of x, which nobody may hold any more; on one stream it is free for others at once."""
     tokens, width = 65536, 264
     x, weight = (
         torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
         for shape in ((tokens, width), (2 * width, width))
     )
     dense_glu.glu_up(x, weight)  # compiles
-    side = torch.cuda.Stream()
-
-    def places():
-        """Where so much memory, which only itself would have room for, is to be had now."""
-        return {new.data_ptr() for new in [weight.new_empty(tokens, width) for _ in range(4)]}
-
+    side = side_stream_of(torch.cuda.current_stream()) if on_the_side else None
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(500_000_000)
-    a, _ = dense_glu._up_on(side if beside else None, x, weight, "swiglu", NOTHING_SPARED, keep_z=False)
+    with torch.no_grad():
+        start_glu(x, weight, weight[:, :width].contiguous(), "swiglu", side=side)
     place = x.data_ptr()
     del x
-    assert (place in places()) != beside
-    torch.cuda.synchronize()
-    torch.cuda._sleep(500_000_000)
-    place = a.data_ptr()
-    del a
-    with torch.cuda.stream(side if beside else torch.cuda.current_stream()):
-        assert (place in places()) != beside
+    # where so much memory, for which there is room at few places, is to be had now
+    places = {new.data_ptr() for new in [weight.new_empty(tokens, width) for _ in range(4)]}
+    assert (place in places) != on_the_side
     torch.cuda.synchronize()
