@@ -27,8 +27,8 @@ def beside(side: torch.cuda.Stream | None, function: Callable[..., _T], *tensors
     """``function(*tensors)``, launched on a stream that branches off the current one here; None: on that itself.
 
     The tensors may be let go of at once. What is allocated is ``side``'s, all of whose work begins with this: so it may
-    be let go of while the current stream has yet to read it. (``record_stream`` would not do: it does nothing for memory
-    that comes through DLPack.)
+    be let go of while the current stream has yet to read it. (``record_stream`` would not do: it does nothing for
+    memory that comes through DLPack.)
     """
     if side is None:
         return function(*tensors)
