@@ -104,6 +104,7 @@ class BesideExchanges:
         self._x = x
         self._launch_rest: Callable[[], Tensor] | None = None
         self._output: Tensor | None = None
+        self._side: torch.cuda.Stream | None = None
 
     def start(self, spared: Spared) -> None:
         """Launches what can run until the tokens have crossed."""
@@ -116,14 +117,15 @@ class BesideExchanges:
             and not _watched(expert)
             and serves(x, expert.w_up, expert.w_down)
         ):
-            side = side_stream_of(torch.cuda.current_stream(x.device))
-            self._launch_rest = start_glu(x, expert.w_up, expert.w_down, expert.activation, spared, side)
+            self._side = side_stream_of(torch.cuda.current_stream(x.device))
+            self._launch_rest = start_glu(
+                x, expert.w_up, expert.w_down, expert.activation, spared, self._side
+            )
 
     def arrive(self) -> None:
         """After it, on the caller's stream, comes what wants the multiprocessors for itself."""
-        if self._x.is_cuda:
-            current = torch.cuda.current_stream(self._x.device)
-            current.wait_stream(side_stream_of(current))
+        if self._side is not None:
+            torch.cuda.current_stream(self._x.device).wait_stream(self._side)
 
     def finish(self) -> None:
         """Launches what can run until the rows are home."""
