@@ -9,14 +9,18 @@ import torch
 _T = TypeVar("_T")
 
 
-@cache
 def side_stream_of(stream: torch.cuda.Stream) -> torch.cuda.Stream:
-    """The stream beside ``stream``: always the same, and nobody else's, as torch's own may become."""
-    return torch.cuda.ExternalStream(_new_stream(stream).ptr, device=stream.device)
+    """The stream beside ``stream``, the current one: always the same, and nobody else's, as torch's own may become.
+
+    While a CUDA graph is captured it is one of torch's, as CUDA may refuse to make another; memory is the graph's then.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.cuda.Stream(stream.device)
+    return torch.cuda.ExternalStream(_own_stream(stream).ptr, device=stream.device)
 
 
 @cache
-def _new_stream(stream: torch.cuda.Stream) -> Any:
+def _own_stream(stream: torch.cuda.Stream) -> Any:
     import cupy
 
     with cupy.cuda.Device(stream.device.index):
