@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from ffmoe_core import glu_down, glu_down_backward, glu_up, glu_up_backward
 
 from .functional import as_tokens, autocast_all, no_second_derivative, nothing_between
-from .side_stream import beside
+from .side_stream import after, beside
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -52,31 +52,27 @@ def start_glu(
     activation: str,
     spared: Spared = NOTHING_SPARED,
     side: torch.cuda.Stream | None = None,
-) -> Callable[..., Tensor]:
+    origin: torch.cuda.Stream | None = None,
+) -> Callable[[], Tensor]:
     """Launches the up-projection of x [*, H]; what it returns launches the rest, and gives the output [*, H].
 
     w_up [2J, H] and w_down [H, J] of x's dtype; under autocast all are cast to its dtype. ``spared`` is so by the
-    up-projection, by the rest, and in backward by the first product, that of dz. ``side``, for either part, is a stream
-    as ``beside`` wants it, which the current one has to wait for; backward stands on the current one. Raises the errors
-    of ``glu_up`` and ``glu_down``. A second derivative raises UnsupportedError.
+    up-projection, by the rest, and in backward by the first product, that of dz. ``side`` is a stream beside the
+    current one for the up-projection, which the current one has to wait for before the rest; backward is on the current
+    one. ``origin`` is the stream that the current one is beside, if it is. Raises the errors of ``glu_up`` and
+    ``glu_down``. A second derivative raises UnsupportedError.
     """
     shape = x.shape
     tokens, up, down = (
         tensor.contiguous() for tensor in autocast_all(as_tokens(x, "x", w_up.shape[1]), w_up, w_down)
     )
     if not torch.is_grad_enabled() or not (tokens.requires_grad or up.requires_grad or down.requires_grad):
-        a, _ = beside(side, _up_function(activation, spared, keep_z=False), tokens, up)
-        return lambda side=None: beside(side, _down_function(spared), a, down).view(shape)
-    z, a = _Up.apply(tokens, up, activation, spared, side)
-    return lambda side=None: _Down.apply(z, a, down, activation, spared, side).view(shape)
-
-
-def _up_function(activation: str, spared: Spared, keep_z: bool = True) -> Callable[..., Any]:
-    return partial(glu_up, activation=activation, keep_z=keep_z, **_options(spared))
-
-
-def _down_function(spared: Spared) -> Callable[..., Any]:
-    return partial(glu_down, **_options(spared))
+        a, _ = beside(
+            side, partial(glu_up, activation=activation, keep_z=False, **_options(spared)), tokens, up
+        )
+        return lambda: glu_down(a, down, **_options(spared)).view(shape)
+    z, a = _Up.apply(tokens, up, activation, spared, side, origin)
+    return lambda: _Down.apply(z, a, down, activation, spared, origin).view(shape)
 
 
 def _options(spared: Spared) -> dict[str, Any]:
@@ -86,9 +82,16 @@ def _options(spared: Spared) -> dict[str, Any]:
 class _Up(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w_up: Tensor, activation: str, spared: Spared, side: torch.cuda.Stream | None
+        ctx: Any,
+        x: Tensor,
+        w_up: Tensor,
+        activation: str,
+        spared: Spared,
+        side: torch.cuda.Stream | None,
+        origin: torch.cuda.Stream | None,
     ) -> tuple[Tensor, Tensor]:
-        a, z = beside(side, _up_function(activation, spared), x, w_up)
+        a, z = beside(side, partial(glu_up, activation=activation, **_options(spared)), x, w_up)
+        ctx.origin = origin
         ctx.save_for_backward(x, w_up)
         ctx.mark_non_differentiable(a)  # its gradient is part of z's
         ctx.set_materialize_grads(False)
@@ -98,11 +101,12 @@ class _Up(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dz, _ = grads
         if dz is None:
-            return None, None, None, None, None
+            return (None,) * 6
+        after(ctx.origin)
         x, w_up = ctx.saved_tensors
         x_grad, weight_grad, *_ = ctx.needs_input_grad
         function = partial(glu_up_backward, x_grad=x_grad, weight_grad=weight_grad)
-        return *_gradients(function, dz, x, w_up), None, None, None
+        return *_gradients(function, dz, x, w_up), None, None, None, None
 
 
 class _Down(torch.autograd.Function):
@@ -114,19 +118,19 @@ class _Down(torch.autograd.Function):
         w_down: Tensor,
         activation: str,
         spared: Spared,
-        side: torch.cuda.Stream | None,
+        origin: torch.cuda.Stream | None,
     ) -> Tensor:
-        ctx.activation, ctx.spared = activation, spared
+        ctx.activation, ctx.spared, ctx.origin = activation, spared, origin
         ctx.save_for_backward(z, w_down)
         ctx.set_materialize_grads(False)
-        output: Tensor = beside(side, _down_function(spared), a, w_down)
-        return output
+        return glu_down(a, w_down, **_options(spared))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (d_out,) = grads
         if d_out is None:
-            return None, None, None, None, None, None
+            return (None,) * 6
+        after(ctx.origin)
         z, w_down = ctx.saved_tensors
         function = partial(
             glu_down_backward,

@@ -77,11 +77,8 @@ def on_a_side_stream(expert: nn.Module, x: Tensor) -> Join:
         return lambda: expert(x)
     current = torch.cuda.current_stream(x.device)
     side = side_stream_of(current)
-    if serves(x, expert.w_up, expert.w_down):
-        output = start_glu(x, expert.w_up, expert.w_down, expert.activation, side=side)(side)
-    else:
-        # torch's operations, of which autograd runs backward there, too, and may be the last to read x
-        output = beside(side, expert, x)
+    # Autograd runs backward there, too, and hooks for saved tensors; backward may be the last to read x.
+    output = beside(side, partial(_whole, expert, current), x)
 
     def join() -> Tensor:
         current.wait_stream(side)
@@ -89,6 +86,14 @@ def on_a_side_stream(expert: nn.Module, x: Tensor) -> Join:
         return output
 
     return join
+
+
+def _whole(expert: SharedExpert, origin: torch.cuda.Stream, x: Tensor) -> Tensor:
+    """The expert on a stream beside ``origin``."""
+    if serves(x, expert.w_up, expert.w_down):
+        return start_glu(x, expert.w_up, expert.w_down, expert.activation, origin=origin)()
+    output: Tensor = expert(x)
+    return output
 
 
 class BesideExchanges:

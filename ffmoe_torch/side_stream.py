@@ -1,4 +1,10 @@
-"""A stream beside another, on which work can run that the other waits for later."""
+"""A stream beside another, its origin, on which work can run that the origin waits for later.
+
+Memory that is allocated on it can be let go of while its origin still reads it, and is then given out for other work
+on it. torch's ``record_stream`` would put that off, but does nothing for memory that comes through DLPack, as the
+runtime's does. So all work on a stream beside another begins after what its origin has by then, in forward and in
+backward.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -15,8 +21,13 @@ def side_stream_of(stream: torch.cuda.Stream) -> torch.cuda.Stream:
     While a CUDA graph is captured it is one of torch's, as CUDA may refuse to make another; memory is the graph's then.
     """
     if torch.cuda.is_current_stream_capturing():
-        return torch.cuda.Stream(stream.device)
+        return _torchs_stream(stream)
     return torch.cuda.ExternalStream(_own_stream(stream).ptr, device=stream.device)
+
+
+@cache
+def _torchs_stream(stream: torch.cuda.Stream) -> torch.cuda.Stream:
+    return torch.cuda.Stream(stream.device)
 
 
 @cache
@@ -28,11 +39,9 @@ def _own_stream(stream: torch.cuda.Stream) -> Any:
 
 
 def beside(side: torch.cuda.Stream | None, function: Callable[..., _T], *tensors: torch.Tensor) -> _T:
-    """``function(*tensors)``, launched on a stream that branches off the current one here; None: on that itself.
+    """``function(*tensors)`` on a stream beside the current one, or where it is None on that itself.
 
-    The tensors may be let go of at once. What is allocated is ``side``'s, all of whose work begins with this: so it may
-    be let go of while the current stream has yet to read it. (``record_stream`` would not do: it does nothing for
-    memory that comes through DLPack.)
+    The tensors may be let go of at once.
     """
     if side is None:
         return function(*tensors)
@@ -42,3 +51,9 @@ def beside(side: torch.cuda.Stream | None, function: Callable[..., _T], *tensors
     for tensor in tensors:
         tensor.record_stream(side)
     return result
+
+
+def after(origin: torch.cuda.Stream | None) -> None:
+    """For backward of what ran beside ``origin``, which autograd runs there, too: on the current stream."""
+    if origin is not None:
+        torch.cuda.current_stream(origin.device).wait_stream(origin)
