@@ -275,7 +275,7 @@ def floors(shape: Shape, measured: dict[str, float]) -> dict[str, float]:
         "dW_up": (4 * product, token + 2 * inside + w_up),
         "d-input": (4 * product, 2 * inside + w_up + row),
         "route backward": (0, logits + 3 * choice),
-        "combine dx": (2 * T * H * E, row + logits + gate + token),
+        "combine dx": (2 * R * H, row + 2 * choice + gate + token),
         "router dgate": (2 * T * H * E, logits + token + gate),
     }
     rate, bandwidth = measured["product_tflops"] * 1e9, measured["copy_gbps"] * 1e6  # a millisecond

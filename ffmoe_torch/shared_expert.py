@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .dense_glu import Spared, serves, start_glu
-from .side_stream import beside, side_stream_of
+from .functional import autocast_all
+from .side_stream import beside, side_stream
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -68,17 +70,16 @@ def on_a_side_stream(expert: nn.Module, x: Tensor) -> Join:
     ``join`` computes it on a CPU, in a compiled graph, which orders its work itself, and where it is another module
     than ours, or hooks are to see its call.
     """
-    if (
-        not x.is_cuda
-        or torch.compiler.is_compiling()
-        or not isinstance(expert, SharedExpert)
-        or _watched(expert)
-    ):
+    if not x.is_cuda or torch.compiler.is_compiling() or not _is_ours(expert):
         return lambda: expert(x)
-    current = torch.cuda.current_stream(x.device)
-    side = side_stream_of(current)
+    current, side = torch.cuda.current_stream(x.device), side_stream(x.device)
     # Autograd runs backward there, too, and hooks for saved tensors; backward may be the last to read x.
-    output = beside(side, partial(_whole, expert, current), x)
+    if serves(x, expert.w_up, expert.w_down):
+        glu = partial(_whole_glu, expert.activation, current)
+        # casts are the caller's, and so is their backward
+        output = beside(side, glu, *autocast_all(x, expert.w_up, expert.w_down))
+    else:
+        output = beside(side, expert, x)
 
     def join() -> Tensor:
         current.wait_stream(side)
@@ -88,12 +89,8 @@ def on_a_side_stream(expert: nn.Module, x: Tensor) -> Join:
     return join
 
 
-def _whole(expert: SharedExpert, origin: torch.cuda.Stream, x: Tensor) -> Tensor:
-    """The expert on a stream beside ``origin``."""
-    if serves(x, expert.w_up, expert.w_down):
-        return start_glu(x, expert.w_up, expert.w_down, expert.activation, origin=origin)()
-    output: Tensor = expert(x)
-    return output
+def _whole_glu(activation: str, origin: torch.cuda.Stream, x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    return start_glu(x, w_up, w_down, activation, origin=origin)()
 
 
 class BesideExchanges:
@@ -117,12 +114,8 @@ class BesideExchanges:
         if not x.is_cuda:
             return
         self._launch_rest = partial(expert, x)
-        if (
-            isinstance(expert, SharedExpert)
-            and not _watched(expert)
-            and serves(x, expert.w_up, expert.w_down)
-        ):
-            self._side = side_stream_of(torch.cuda.current_stream(x.device))
+        if _is_ours(expert) and serves(x, expert.w_up, expert.w_down):
+            self._side = side_stream(x.device)
             self._launch_rest = start_glu(
                 x, expert.w_up, expert.w_down, expert.activation, spared, self._side
             )
@@ -140,6 +133,12 @@ class BesideExchanges:
     def join(self) -> Tensor:
         output: Tensor = self._expert(self._x) if self._output is None else self._output
         return output
+
+
+def _is_ours(expert: nn.Module) -> TypeGuard[SharedExpert]:
+    """Whether a call of the expert is one of ``SharedExpert.forward`` and nothing else."""
+    own = isinstance(expert, SharedExpert) and type(expert).forward is SharedExpert.forward
+    return own and "forward" not in vars(expert) and not _watched(expert)
 
 
 def _watched(module: nn.Module) -> bool:

@@ -322,7 +322,7 @@ def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts
         (300, 1032, 136, 8, 8),
         (700, 264, 40, 10, 2),  # as of ranks that send a row each
         (33, 40, 24, 3, 3),
-        (5, 2056, 1000, 6, 11),
+        (5, 2056, 1024, 6, 11),
         (1000, 520, 8, 8, 1),
         (67, 130, 5, 2, 2),
         (1, 8, 1, 1, 1),
@@ -348,11 +348,13 @@ def test_gradients_of_chosen_experts_alone(
     for t in range(0, num_tokens, 7):  # left out
         idx[t], d_logits[t] = -1, 0
     dx = kind.full(x.shape, np.nan, dtype)
+    given = d_logits.copy()
+    if kind.name == "cupy" and dtype in ("bfloat16", "float16") and not float32_gate and width % 8 == 0:
+        # there a kernel of its own reads no others
+        chosen = (idx[:, :, None] == np.arange(num_experts)).any(axis=1)
+        given[~chosen] = np.nan
     arrays = [
-        kind.array(d_logits, W),
-        kind.array(x, dtype),
-        kind.array(gate, gate_dtype),
-        kind.array(rows, dtype),
+        kind.array(part, of) for part, of in ((given, W), (x, dtype), (gate, gate_dtype), (rows, dtype))
     ]
     named = [kind.array(token_rows, "int32"), dx, None, kind.array(idx, "int32")]
     call_stage(kind, "gate_backward", *arrays, *named)

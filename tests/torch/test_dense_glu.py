@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ffmoe_core.config import ACTIVATIONS
 from ffmoe_core.errors import DTypeError, ShapeError, UnsupportedError
-from ffmoe_torch import dense_glu, shared_expert
+from ffmoe_torch import MoELayer, dense_glu, shared_expert
 from ffmoe_torch.dense_glu import NOTHING_SPARED, serves, start_glu
 from ffmoe_torch.shared_expert import BesideExchanges, SharedExpert, on_a_side_stream
-from ffmoe_torch.side_stream import side_stream_of
+from ffmoe_torch.side_stream import side_stream
 from tests import reference
 from tests.support import assert_close
 from tests.torch.checks import numbers, same
@@ -336,7 +336,7 @@ def test_all_work_beside_a_stream_begins_after_what_that_has(monkeypatch, launch
     with torch.cuda.stream(caller):
         launch(expert, x)().sum().backward()
     caller.synchronize()
-    side = side_stream_of(caller)
+    side = side_stream(x.device)
     places = {name: at for at, (name, _) in enumerate(log) if isinstance(name, str)}
     on_the_side = {"glu_up"} if launch is at_an_exchange else set(places)
     for name, at in places.items():
@@ -345,13 +345,56 @@ def test_all_work_beside_a_stream_begins_after_what_that_has(monkeypatch, launch
     assert (caller, side) in log[: places["glu_down_backward"]]
 
 
+class Gated(SharedExpert):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+@pytest.mark.parametrize("launch", [on_a_side_stream, at_an_exchange])
+@pytest.mark.parametrize("by", ["class", "instance"])
+def test_a_forward_of_ones_own_is_called(device, monkeypatch, launch, by):
+    monkeypatch.setattr(shared_expert, "serves", lambda *tensors: True)
+    x = torch.randn(9, H, device=device).to(torch.bfloat16)
+    kind = Gated if by == "class" else SharedExpert
+    expert = kind(H, J, "swiglu", device=device, dtype=torch.bfloat16)
+    if by == "instance":
+        expert.forward = lambda x: 0.5 * SharedExpert.forward(expert, x)
+    assert not shared_expert._is_ours(expert)
+    assert shared_expert._is_ours(SharedExpert(H, J))
+    assert torch.equal(launch(expert, x)(), expert(x))
+    assert torch.equal(2 * expert(x), SharedExpert.forward(expert, x))
+
+
 @pytest.mark.gpu
-def test_a_stream_beside_another_is_its_own():
-    streams = [torch.cuda.Stream() for _ in range(40)]  # more than torch has different ones
-    sides = {side_stream_of(stream) for stream in streams}
-    assert len(sides) == len(set(streams))
-    assert not sides & set(streams)
-    assert {side_stream_of(stream) for stream in streams} == sides
+def test_a_recomputation_that_stops_early_beside_the_others():
+    """Where a shared expert alone is trained it does, before anyone has waited for it."""
+    layer = MoELayer(H, 2 * J, 4, 2, num_shared_experts=32, device="cuda", dtype=torch.bfloat16)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_("shared" in name)
+    shared, x = (
+        list(layer.shared_expert.parameters()),
+        torch.randn(4096, H, device="cuda", dtype=torch.bfloat16),
+    )
+    want = torch.autograd.grad(layer(x)[0].square().sum(), shared)
+    for _ in range(10):
+        output, _ = checkpoint(layer, x, use_reentrant=False)
+        assert same(torch.autograd.grad(output.square().sum(), shared), want)
+
+
+@pytest.mark.gpu
+def test_gradients_beside_the_others_add_up():
+    """Into .grad, on the caller's stream, which is late: theirs is memory that the next product could take."""
+    layer = MoELayer(64, 128, 4, 2, num_shared_experts=32, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1024, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    shared = list(layer.shared_expert.parameters())
+    want = torch.autograd.grad(layer(x)[0].sum(), shared)
+    for _ in range(10):
+        for parameter in shared:
+            parameter.grad = torch.zeros_like(parameter)
+        output = layer(x)[0].sum()
+        torch.cuda._sleep(10_000_000)
+        output.backward()
+        assert same([parameter.grad for parameter in shared], want)
 
 
 @pytest.mark.gpu
@@ -364,7 +407,7 @@ def test_memory_stays_until_the_other_stream_has_done_with_it(on_the_side):
         for shape in ((tokens, width), (2 * width, width))
     )
     dense_glu.glu_up(x, weight)  # compiles
-    side = side_stream_of(torch.cuda.current_stream()) if on_the_side else None
+    side = side_stream(x.device) if on_the_side else None
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(500_000_000)
