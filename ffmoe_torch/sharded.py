@@ -182,10 +182,8 @@ class _Call:
             try:
                 with torch.set_grad_enabled(self._records):
                     self._beside.start(Spared(multiprocessors, flop))
-            except (
-                _StopRecomputationError
-            ) as stop:  # no failure, and the other ranks wait for this one's tokens
-                self._stopped = stop
+            except _StopRecomputationError as stop:
+                self._stopped = stop  # no failure, and the other ranks wait for this one's tokens
 
     def arrive(self) -> None:
         """The tokens are there, or the caller's stream waits for them, and now for what ran beside them."""
