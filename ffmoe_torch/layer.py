@@ -49,7 +49,7 @@ class MoELayer(nn.Module):
     activation : "swiglu", "geglu" (tanh approximation) or "relu_squared" (relu(gate)^2 * up).
     gating : "softmax" or "sigmoid".
     num_shared_experts : S experts that every token visits: one GLU block of intermediate width S*I, run
-        beside the routed ones on a GPU.
+        beside the routed ones on a GPU, in forward.
     latent_dim : width L of the tokens between ranks; the experts see ``proj_up(proj_down(x))``, and what
         they answer passes the same way. The gate reads x itself. None is off.
     capacity_factor : an expert takes at most ceil(capacity_factor*T*K/E) rows of a call; None is dropless.
