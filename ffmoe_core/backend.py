@@ -23,8 +23,9 @@ class Backend(Protocol):
     route: Stage
     route_and_sort: Stage  # what `route` and `sort` do, in fewer launches
     router_losses: Stage
+    # The logits' gradient [T, E], or where config.sparse_gradient that of the chosen experts' [T, K].
     route_backward: Stage
-    # One of its two outputs may be None: then it is left out. With topk_idx the logits' gradient is zero but there.
+    # With topk_idx it takes the latter. One of its two outputs may be None: then it is left out.
     gate_backward: Stage
     # rows
     sort: Stage

@@ -583,7 +583,8 @@ def _dispatch_backward(
     weighing.wait()
     if group:
         summing.wait()
-    cdef Array d_logits = space.empty((T, E), W)
+    cdef Array chosen = plan.topk_idx if config.sparse_gradient else None
+    cdef Array d_logits = space.empty((T, E if chosen is None else K), W)
     backend.route_backward(
         space, config, logits, plan.topk_idx, plan.topk_weights, tokens_per_expert,
         pair_slots, first(d_pairs, d_pairs.size), d_losses, d_logits,
@@ -592,14 +593,13 @@ def _dispatch_backward(
     cdef Array dx = space.empty((T, width), tokens.dtype), d_router = None
     token_rows = sending.token_rows
     if router_input is None:
-        backend.gate_backward(space, d_logits, tokens, gate, None, None, None, d_gate)
+        backend.gate_backward(space, d_logits, tokens, gate, None, None, None, d_gate, chosen)
         for transfer in transfers:
             transfer.wait()
-        chosen = plan.topk_idx if config.sparse_gradient else None
         backend.gate_backward(space, d_logits, tokens, gate, returned, token_rows, dx, None, chosen)
     else:
         d_router = space.empty((T, H), tokens.dtype)
-        backend.gate_backward(space, d_logits, routed, gate, None, None, d_router, d_gate)
+        backend.gate_backward(space, d_logits, routed, gate, None, None, d_router, d_gate, chosen)
         for transfer in transfers:
             transfer.wait()
         backend.combine(space, returned, token_rows, None, dx)

@@ -264,9 +264,11 @@ def moe_backward(
     # pa and then dx_rows stand in the same place
     cdef int64_t dp_at = padded(R * max(I, H) * itemsize(dtype))
     cdef int64_t d_logits_at = dp_at + padded(R * itemsize(W))
-    cdef Array scratch = space.empty((d_logits_at + T * E * itemsize(W),), UINT8)
+    cdef Array chosen = routing.topk_idx if config.sparse_gradient else None
+    cdef int64_t with_gradient = E if chosen is None else config.top_k  # of a token's logits
+    cdef Array scratch = space.empty((d_logits_at + T * with_gradient * itemsize(W),), UINT8)
     cdef Array pa = scratch.at(0, (R, I), dtype), dx_rows = scratch.at(0, (R, H), dtype)
-    cdef Array dp = scratch.at(dp_at, (R,), W), d_logits = scratch.at(d_logits_at, (T, E), W)
+    cdef Array dp = scratch.at(dp_at, (R,), W), d_logits = scratch.at(d_logits_at, (T, with_gradient), W)
     if saved.z is not None:
         z = view(saved.z, "saved.z")
         check_shape(z, "saved.z", "[T * top_k, ffn_dim]", R, 2 * I)
@@ -300,7 +302,6 @@ def moe_backward(
         routing.token_rows, dp, d_losses, d_logits,
     )
     cdef Array d_gate = space.empty((E, H), inputs.gate_weight.dtype)
-    cdef Array chosen = routing.topk_idx if config.sparse_gradient else None
     cdef Array dx = space.empty((T, H), dtype), d_router = None
     if router_input is None:
         backend.gate_backward(
@@ -310,7 +311,7 @@ def moe_backward(
         d_router = space.empty((T, H), dtype)
         backend.combine(space, dx_rows, routing.token_rows, None, dx)
         backend.gate_backward(
-            space, d_logits, inputs.router_input, inputs.gate_weight, None, None, d_router, d_gate
+            space, d_logits, inputs.router_input, inputs.gate_weight, None, None, d_router, d_gate, chosen
         )
     return MoEGrads(
         space.export(dx),

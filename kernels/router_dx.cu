@@ -19,11 +19,11 @@ constexpr int THREADS = 256, BLOCKS = 4;  // a multiprocessor: bytes on their wa
 constexpr int WIDTH = 8;                  // columns of a thread
 constexpr int LOADS = 8 / TOKENS;         // of each token, on their way at the same time
 
-// out[t] = sum over j of rows[token_rows[t, j]], where that names a row, + sum over k of d_logits[t, e] * gate[e] with
+// out[t] = sum over j of rows[token_rows[t, j]], where that names a row, + sum over k of d_chosen[t, k] * gate[e] with
 // e = topk_idx[t, k], where that is an expert. `1 << log_lanes` threads share a slice, `slices` make a row of `columns`;
 // a block has block_tokens.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) router_dx(
-    const X* rows, const int* token_rows, const float* d_logits, const int* topk_idx, const X* gate, X* out,
+    const X* rows, const int* token_rows, const float* d_chosen, const int* topk_idx, const X* gate, X* out,
     int64 num_tokens, int num_rows, int num_experts, int rows_a_token, int top_k, int columns, int log_lanes, uint32 slices,
     int block_tokens
 ) {
@@ -66,10 +66,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) router_dx(
 #pragma unroll
                 for (int l = 0; l < LOADS; ++l) {
                     const bool asked = first + i < end && k + l < top_k;
-                    const int expert = asked ? topk_idx[(first + i) * top_k + k + l] : -1;
+                    const int64 at = (first + i) * top_k + k + l;
+                    const int expert = asked ? topk_idx[at] : -1;
                     const bool chosen = uint32(expert) < uint32(num_experts);
                     experts[i][l] = chosen ? expert : 0;
-                    factors[i][l] = chosen ? d_logits[(first + i) * num_experts + expert] : 0.0f;
+                    factors[i][l] = chosen ? d_chosen[at] : 0.0f;
                 }
 #pragma unroll
             for (int i = 0; i < TOKENS; ++i)

@@ -490,8 +490,7 @@ __device__ __forceinline__ void add_softmax_gradient(const W (&w)[N], const W (&
     for (int i = 0; i < N; i++) grad[i] += w[i] * (dw[i] - mean);
 }
 
-// dlogits of every token, from dp_rows [num_rows] at token_rows. grad_losses may be NULL: zeros. So may logits,
-// where in that case the weights are a softmax of the selected: they say all that is needed.
+// dlogits [T, E] of every token, from dp_rows [num_rows] at token_rows. grad_losses may be NULL: zeros.
 extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward(
     const Router router, const W* logits, const int* topk_idx, const W* topk_weights,
     const int* tokens_per_expert, const int* token_rows, const W* dp_rows, int64 num_rows, const W* grad_losses,
@@ -535,7 +534,7 @@ extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward
         out.weight = topk_weights[t * top_k + k];
     };
     const auto fetch = [&](int64 t, Token& out) {
-        if (logits != nullptr) load_logits(logits + t * num_experts, num_experts, out.logits);
+        load_logits(logits + t * num_experts, num_experts, out.logits);
         slot_of(t, lane, out);
     };
     const int64 step = int64(gridDim.x) * BACKWARD_WARPS;
@@ -609,4 +608,44 @@ extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward
             if (e < num_experts) dlogits[t * num_experts + e] = grad[i];
         }
     }
+}
+
+// dchosen [T, K], the gradient by the chosen experts' logits, where no other logit has one: no loss is asked for, and
+// weights are a softmax of the selected, or sigmoids. logits may be NULL where they are a softmax: the weights say all
+// that is needed. Each token has a span of a warp's lanes, one for each of its choices, of the first 32.
+extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward_chosen(
+    const Router router, const W* logits, const int* topk_idx, const W* topk_weights, const int* token_rows,
+    const W* dp_rows, int64 num_rows, int log_span, W* dchosen
+) {
+    after_earlier_kernels();
+    const int lane = threadIdx.x & 31, span = 1 << log_span, place = lane & (span - 1);
+    const int64 warp = blockIdx.x * int64(BACKWARD_WARPS) + threadIdx.x / 32;
+    const int64 t = (warp << (5 - log_span)) + (lane >> log_span);
+    const int places = t < router.num_tokens ? router.top_k : 0;
+    const W scale = W(router.scale);
+    const auto for_each = [&](const auto& body) {
+#pragma unroll 1
+        for (int k = place; k < places; k += span) {
+            const int64 slot = t * router.top_k + k;
+            const int row = token_rows[slot];
+            const W weight = scale != 0 ? topk_weights[slot] / scale : W(0);
+            body(slot, weight, row >= 0 && row < num_rows ? dp_rows[row] * scale : W(0));
+        }
+    };
+    W mean = 0;
+    if (router.normalise) {
+        for_each([&](int64, W weight, W gradient) { mean += weight * gradient; });
+        mean = warp_sum(mean, span);
+    }
+    for_each([&](int64 slot, W weight, W gradient) {
+        const int expert = topk_idx[slot];
+        W grad = 0;
+        if (expert >= 0 && expert < router.num_experts) {
+            // by v, of which scores are exp(v): l, or log sigmoid(l)
+            const W logit = router.sigmoid ? logits[t * router.num_experts + expert] : W(0);
+            grad = router.normalise ? weight * (gradient - mean) : gradient * sigmoid(logit);
+            if (router.sigmoid) grad *= sigmoid(-logit);
+        }
+        dchosen[slot] = grad;
+    });
 }

@@ -38,12 +38,37 @@ def gate_backward(
     Array dgate_weight, Array topk_idx=None,
 ):
     cdef int32_t[2] offsets = [0, <int32_t>x.dims[0]]
+    cdef Array whole = dlogits if topk_idx is None else spread(space, dlogits, topk_idx, gate_weight.dims[0])
     if rows is not None:
         combine(space, rows, token_rows, None, dx)
     if dx is not None:
-        rows_product(dlogits, NULL, gate_weight, offsets, 1, False, dx, rows is not None)
+        rows_product(whole, NULL, gate_weight, offsets, 1, False, dx, rows is not None)
     if dgate_weight is not None:
-        rows_wgrad(dlogits, NULL, x, NULL, offsets, 1, dgate_weight, False, 1)
+        rows_wgrad(whole, NULL, x, NULL, offsets, 1, dgate_weight, False, 1)
+
+
+cdef void spread_row(const real* chosen, const int32_t* experts, int64_t E, int64_t K, real* out) noexcept nogil:
+    cdef int64_t k
+    memset(out, 0, E * sizeof(real))
+    for k in range(K):
+        if 0 <= experts[k] < E:
+            out[experts[k]] = chosen[k]
+
+
+cdef Array spread(Space space, Array chosen, Array topk_idx, int64_t num_experts):
+    """[T, E] from the chosen experts' [T, K]: zeros elsewhere."""
+    cdef int64_t T = chosen.dims[0], K = chosen.dims[1], t
+    cdef Array out = space.empty((T, num_experts), chosen.dtype)
+    cdef const int32_t* experts = <const int32_t*>topk_idx.data
+    cdef void* source = chosen.data
+    cdef void* to = out.data
+    cdef bint double_precision = chosen.dtype == FLOAT64
+    for t in prange(T, nogil=True, num_threads=num_threads()):
+        if double_precision:
+            spread_row(<double*>source + t * K, experts + t * K, num_experts, K, <double*>to + t * num_experts)
+        else:
+            spread_row(<float*>source + t * K, experts + t * K, num_experts, K, <float*>to + t * num_experts)
+    return out
 
 
 # --- what both directions share ---
@@ -72,11 +97,10 @@ cdef struct Desk:
     uint8_t* open_groups
 
 
-cdef Router router_of(config, Array like, Array topk_idx):
-    """``like`` has the shape of the logits."""
+cdef Router router_of(config, Array topk_idx):
     cdef Router out
-    out.num_tokens = like.dims[0]
-    out.num_experts = like.dims[1]
+    out.num_tokens = topk_idx.dims[0]
+    out.num_experts = config.num_experts
     out.top_k = topk_idx.dims[1]
     out.num_groups = config.num_expert_groups or 0
     out.topk_groups = config.topk_groups or 0
@@ -322,7 +346,7 @@ def route(
     Array topk_idx, Array topk_weights, Array tokens_per_expert, Array losses, Array sums,
 ):
     cdef Route job
-    job.router = router_of(config, logits, topk_idx)
+    job.router = router_of(config, topk_idx)
     job.logits = logits.data
     job.expert_bias = NULL
     job.valid_mask = NULL
@@ -397,6 +421,7 @@ cdef struct RouteBackward:
     const char* dp_rows
     char* dlogits
     double* dshares  # [E]: the aux loss's gradient with respect to q of any token
+    bint sparse  # dlogits are the chosen experts' alone, [T, K]
     double dz  # the z loss's gradient with respect to any token's logsumexp^2
     bint has_aux
 
@@ -405,7 +430,7 @@ cdef inline void add_selected(
     const RouteBackward* job, const real* logits, const int32_t* experts, const real* weights,
     const int32_t* rows, real* d,
 ) noexcept nogil:
-    """The gradient through the normalised weights of the selected experts."""
+    """The gradient through the normalised weights of the selected experts, at their places in d."""
     cdef const Router* router = &job.router
     cdef const real* dp = <const real*>job.dp_rows
     cdef real scale = <real>router.scale  # as the weights have it: a single one is all of it
@@ -420,7 +445,20 @@ cdef inline void add_selected(
         value = weights[k] * ((dp[rows[k]] if rows[k] >= 0 else 0) - dot)
         if router.sigmoid:  # the weights are a softmax of log-sigmoids, whose slope is 1 - s
             value *= exp(log_sigmoid(-<double>logits[experts[k]]))
-        d[experts[k]] += <real>value
+        d[k if job.sparse else experts[k]] += <real>value
+
+
+cdef inline void add_sigmoids(
+    const RouteBackward* job, const real* logits, const int32_t* experts, const int32_t* rows, real* d
+) noexcept nogil:
+    """The gradient through weights that are sigmoids, each by itself, where no other score has any."""
+    cdef const real* dp = <const real*>job.dp_rows
+    cdef double logit
+    cdef int64_t k
+    for k in range(job.router.top_k):
+        if rows[k] >= 0:
+            logit = logits[experts[k]]
+            d[k] = <real>(job.router.scale * dp[rows[k]] * exp(log_sigmoid(logit) + log_sigmoid(-logit)))
 
 
 cdef inline void add_scores(
@@ -468,7 +506,7 @@ cdef void route_backward_block(
     const RouteBackward* job, int64_t index, Desk desk, real* scores
 ) noexcept nogil:
     cdef const Router* router = &job.router
-    cdef int64_t E = router.num_experts, K = router.top_k, token, e
+    cdef int64_t E = router.num_experts, K = router.top_k, token, e, width = K if job.sparse else E
     cdef const real* logits = NULL
     cdef real* d
     cdef double lse
@@ -476,10 +514,10 @@ cdef void route_backward_block(
         block_start(router.num_tokens, router.num_blocks, index),
         block_start(router.num_tokens, router.num_blocks, index + 1),
     ):
-        d = <real*>job.dlogits + token * E
+        d = <real*>job.dlogits + token * width
         if job.logits != NULL:
             logits = <const real*>job.logits + token * E
-        memset(d, 0, E * sizeof(real))
+        memset(d, 0, width * sizeof(real))
         if job.topk_idx[token * K] < 0:  # a token that valid_mask excludes
             continue
         if router.normalise:
@@ -487,7 +525,9 @@ cdef void route_backward_block(
                 job, logits, job.topk_idx + token * K, <const real*>job.topk_weights + token * K,
                 job.token_rows + token * K, d,
             )
-        if job.has_aux or not router.normalise:
+        if job.sparse and not router.normalise:
+            add_sigmoids(job, logits, job.topk_idx + token * K, job.token_rows + token * K, d)
+        elif job.has_aux or not router.normalise:
             add_scores(
                 job, logits, job.topk_idx + token * K, job.token_rows + token * K,
                 scores, <real*>desk.other, d,
@@ -517,7 +557,7 @@ def route_backward(
     Array token_rows, Array dp_rows, Array grad_losses, Array dlogits,
 ):
     cdef RouteBackward job
-    job.router = router_of(config, dlogits, topk_idx)
+    job.router = router_of(config, topk_idx)
     job.logits = NULL
     if logits is not None:
         job.logits = logits.data
@@ -526,6 +566,7 @@ def route_backward(
     job.token_rows = <const int32_t*>token_rows.data
     job.dp_rows = dp_rows.data
     job.dlogits = dlogits.data
+    job.sparse = config.sparse_gradient
     cdef int64_t E = job.router.num_experts, count = job.router.num_blocks, index, e, total_rows = 0
     cdef bint double_precision = dlogits.dtype == FLOAT64
     cdef const int32_t* rows = <const int32_t*>tokens_per_expert.data
@@ -536,7 +577,7 @@ def route_backward(
     for e in range(E):
         total_rows += rows[e]
     tokens = <double>max(total_rows // job.router.top_k, 1)
-    if grad_losses is not None and logits is not None:
+    if grad_losses is not None:
         daux = (<double*>grad_losses.data)[0] if double_precision else (<float*>grad_losses.data)[0]
         job.dz = (<double*>grad_losses.data)[1] if double_precision else (<float*>grad_losses.data)[1]
     daux *= job.router.aux_coeff

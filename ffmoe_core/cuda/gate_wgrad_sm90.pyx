@@ -1,7 +1,7 @@
 """The gradient by the gate's weight on Hopper, d_gate = d_logits^T x, as a weight gradient of the experts' kernels.
 
-Those take 16-bit operands, so d_logits go in as two bfloat16 terms side by side (kernels/terms.cu): far below the
-rounding of a bfloat16 result. And their contraction is a group of rows, so the tokens are cut into equal groups until
+Those take 16-bit operands, so d_logits go in as two bfloat16 terms side by side (kernels/terms.cu), which may have to
+be found among the chosen experts' first: far below the rounding of a bfloat16 result. And their contraction is a group of rows, so the tokens are cut into equal groups until
 every multiprocessor has work; what the groups and the terms give is added up in order.
 """
 
@@ -25,7 +25,7 @@ cdef enum:
 
 def variants():
     """Every (file, entry, defines) that this module can launch."""
-    return [("terms.cu", "split_terms", ())]
+    return [("terms.cu", entry, ()) for entry in ("split_terms", "chosen_terms")]
 
 
 cdef bint serves(Space space, Array d_logits, Array x, Array d_gate) except -1:
@@ -35,7 +35,7 @@ cdef bint serves(Space space, Array d_logits, Array x, Array d_gate) except -1:
         and d_logits.dtype == FLOAT32
         and d_gate.dtype == BFLOAT16
         and sm90.serves(
-            x.dtype, address(d_logits) | address(x) | address(d_gate), d_logits.dims[1] | x.dims[1], MOST_PARTS,
+            x.dtype, address(d_logits) | address(x) | address(d_gate), d_gate.dims[0] | x.dims[1], MOST_PARTS,
             space.device_id,
         )
     )
@@ -53,9 +53,12 @@ cdef int parts_of(int64_t num_tokens, int64_t tiles, int64_t clusters):
     return best
 
 
-cdef int gate_wgrad(Space space, Array d_logits, Array x, Array d_gate) except -1:
-    """d_gate [E, H] bfloat16 = d_logits [T, E]^T x [T, H], where ``serves`` says so."""
-    cdef int T = <int>x.dims[0], E = <int>d_logits.dims[1]
+cdef int gate_wgrad(Space space, Array d_logits, Array topk_idx, Array x, Array d_gate) except -1:
+    """d_gate [E, H] bfloat16 = d_logits [T, E]^T x [T, H], where ``serves`` says so.
+
+    With ``topk_idx`` [T, K] d_logits [T, K] are those of these experts, and of the others zero.
+    """
+    cdef int T = <int>x.dims[0], E = <int>d_gate.dims[0], top_k = <int>d_logits.dims[1]
     cdef int64_t H = x.dims[1]
     cdef int64_t tiles = divided_up(TERMS * E, TILE) * divided_up(H, TILE)
     cdef int parts = parts_of(T, tiles, multiprocessor_count(space.device_id) // 2)
@@ -63,11 +66,21 @@ cdef int gate_wgrad(Space space, Array d_logits, Array x, Array d_gate) except -
     cdef Array terms = space.empty((T, TERMS * E), BFLOAT16)
     cdef Array offsets = space.empty((parts + 1,), INT32)
     cdef Array sums = space.empty((parts, TERMS * E, H), FLOAT32)
-    cdef Parameter[7] params = [
+    cdef unsigned int blocks = <unsigned int>divided_up(<int64_t>T * E // WIDTH, THREADS)
+    cdef Parameter[7] split_params = [
         &d_logits.data, &terms.data, &offsets.data, &T, &E, &parts, &part_rows
     ]
-    kernel("terms.cu", "split_terms", (), space.device_id, 0).launch(
-        <unsigned int>divided_up(<int64_t>T * E // WIDTH, THREADS), 1, 1, THREADS, 0, space.stream, params
-    )
+    cdef Parameter[9] chosen_params
+    if topk_idx is None:
+        kernel("terms.cu", "split_terms", (), space.device_id, 0).launch(
+            blocks, 1, 1, THREADS, 0, space.stream, split_params
+        )
+    else:
+        chosen_params = [
+            &d_logits.data, &topk_idx.data, &terms.data, &offsets.data, &T, &E, &top_k, &parts, &part_rows
+        ]
+        kernel("terms.cu", "chosen_terms", (), space.device_id, 0).launch(
+            blocks, 1, 1, THREADS, 0, space.stream, chosen_params
+        )
     sm90.grouped_gemm_wgrad(space, terms, x, offsets, None, None, sums, False, 1)
     return sum_parts(space, sums, d_gate, TERMS * parts)

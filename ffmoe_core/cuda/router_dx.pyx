@@ -29,12 +29,12 @@ def variants():
     ]
 
 
-cdef bint serves(Array d_logits, Array gate, Array rows, Array dx) except -1:
+cdef bint serves(Array d_chosen, Array gate, Array rows, Array dx) except -1:
     """Whether this can be done here."""
     return (
         dx.dtype in _DEFINES
         and gate.dtype == dx.dtype
-        and d_logits.dtype == FLOAT32
+        and d_chosen.dtype == FLOAT32
         and dx.dims[1] % WIDTH == 0
         and (address(gate) | address(rows) | address(dx)) % VECTOR_BYTES == 0
         and gate.dims[0] * VECTOR_BYTES <= MOST_SLICE_BYTES
@@ -42,9 +42,9 @@ cdef bint serves(Array d_logits, Array gate, Array rows, Array dx) except -1:
 
 
 cdef int router_dx(
-    Space space, Array d_logits, Array topk_idx, Array gate, Array rows, Array token_rows, Array dx
+    Space space, Array d_chosen, Array topk_idx, Array gate, Array rows, Array token_rows, Array dx
 ) except -1:
-    """dx [T, H] from d_logits [T, E], which are zero but at topk_idx [T, K], where ``serves`` says so."""
+    """dx [T, H] from d_chosen [T, K], the gradients of the logits at topk_idx [T, K], where ``serves`` says so."""
     cdef int64_t num_tokens = dx.dims[0]
     cdef int32_t columns = <int32_t>dx.dims[1], num_rows = <int32_t>rows.dims[0], num_experts = <int32_t>gate.dims[0]
     cdef int32_t rows_a_token = <int32_t>token_rows.dims[1], top_k = <int32_t>topk_idx.dims[1]
@@ -63,7 +63,7 @@ cdef int router_dx(
         fewest * max(min(divided_up(num_tokens * slices, blocks), <int64_t>MOST_TOKENS) // fewest, 1)
     )
     cdef Parameter[15] params = [
-        &rows.data, &token_rows.data, &d_logits.data, &topk_idx.data, &gate.data, &dx.data, &num_tokens, &num_rows,
+        &rows.data, &token_rows.data, &d_chosen.data, &topk_idx.data, &gate.data, &dx.data, &num_tokens, &num_rows,
         &num_experts, &rows_a_token, &top_k, &columns, &log_lanes, &slices, &block_tokens,
     ]
     return kernel("router_dx.cu", "router_dx", _DEFINES[dx.dtype][tokens], space.device_id, 0).launch(

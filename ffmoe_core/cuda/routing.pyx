@@ -16,6 +16,7 @@ cdef enum:
     ALONE = 2  # tokens a warp takes, one after the other, rather than leave the plan to a second kernel
     BACKWARD_WARPS = 8
     BACKWARD_BLOCKS = 512
+    SPREAD_WARPS = 8
 
 # The experts a lane can hold: any number up to 32 fits the last, fewer are faster.
 cdef tuple _PER_LANE = (1, 2, 4, 8, 16, 32)
@@ -25,6 +26,7 @@ cdef dict _DEFINES = {
     for dtype, choices in ((<int>FLOAT32, _PER_LANE), (<int>FLOAT64, _PER_LANE_FLOAT64))
     for per_lane in choices
 }
+cdef dict _SPREAD_DEFINES = {dtype: (f"W_TYPE={dtype}",) for dtype in (<int>FLOAT32, <int>FLOAT64)}
 
 
 def variants():
@@ -32,8 +34,8 @@ def variants():
     return [
         ("routing.cu", entry, defines)
         for defines in _DEFINES.values()
-        for entry in ("route", "route_plan", "router_losses", "route_backward")
-    ]
+        for entry in ("route", "route_plan", "router_losses", "route_backward", "route_backward_chosen")
+    ] + [("spread.cu", "spread", defines) for defines in _SPREAD_DEFINES.values()]
 
 
 cdef int _per_lane(int dtype, int64_t num_experts) except -1:
@@ -93,17 +95,36 @@ def gate_backward(
     Space space, Array dlogits, Array x, Array gate_weight, Array rows, Array token_rows, Array dx,
     Array dgate_weight, Array topk_idx=None,
 ):
+    cdef Array whole = dlogits if topk_idx is None else None  # [T, E]
     if dx is not None:
         if topk_idx is not None and rows is not None and router_dx.serves(dlogits, gate_weight, rows, dx):
             router_dx.router_dx(space, dlogits, topk_idx, gate_weight, rows, token_rows, dx)
         else:
-            dense_gemm(space, dlogits, gate_weight, dx, False, False, rows, token_rows)
+            if whole is None:
+                whole = _spread(space, dlogits, topk_idx, gate_weight.dims[0])
+            dense_gemm(space, whole, gate_weight, dx, False, False, rows, token_rows)
     if dgate_weight is None:
         return
     if gate_wgrad_sm90.serves(space, dlogits, x, dgate_weight):
-        gate_wgrad_sm90.gate_wgrad(space, dlogits, x, dgate_weight)
+        gate_wgrad_sm90.gate_wgrad(space, dlogits, topk_idx, x, dgate_weight)
     else:
-        dense_gemm(space, dlogits, x, dgate_weight, True, False)
+        if whole is None:
+            whole = _spread(space, dlogits, topk_idx, gate_weight.dims[0])
+        dense_gemm(space, whole, x, dgate_weight, True, False)
+
+
+cdef Array _spread(Space space, Array chosen, Array topk_idx, int64_t num_experts):
+    """[T, E] from the chosen experts' [T, K]: zeros elsewhere."""
+    cdef Array out = space.empty((chosen.dims[0], num_experts), chosen.dtype)
+    cdef int32_t experts = <int32_t>num_experts, top_k = <int32_t>chosen.dims[1]
+    cdef int64_t num_tokens = chosen.dims[0]
+    cdef Parameter[6] params = [&chosen.data, &topk_idx.data, &out.data, &num_tokens, &experts, &top_k]
+    if num_tokens > 0:
+        kernel("spread.cu", "spread", _SPREAD_DEFINES[chosen.dtype], space.device_id, 0).launch(
+            <unsigned int>((num_tokens + SPREAD_WARPS - 1) // SPREAD_WARPS), 1, 1, 32 * SPREAD_WARPS, 0, space.stream,
+            params,
+        )
+    return out
 
 
 def route(
@@ -207,15 +228,30 @@ def route_backward(
     if router.num_tokens == 0:
         return
     cdef char* given_logits = logits.data if logits is not None else NULL
-    cdef char* d_losses = grad_losses.data if grad_losses is not None and logits is not None else NULL
-    cdef int64_t num_rows = dp_rows.dims[0]
-    cdef Parameter[10] params = [
+    cdef char* d_losses = grad_losses.data if grad_losses is not None else NULL
+    cdef int64_t num_rows = dp_rows.dims[0], warps = router.num_tokens, blocks
+    cdef tuple defines = _DEFINES[dlogits.dtype, _per_lane(dlogits.dtype, router.num_experts)]
+    cdef int log_span = 0
+    cdef Parameter[9] chosen_params
+    cdef Parameter[10] params
+    if config.sparse_gradient:
+        while 1 << log_span < min(router.top_k, 32):
+            log_span += 1
+        warps = (router.num_tokens + (32 >> log_span) - 1) // (32 >> log_span)
+        chosen_params = [
+            &router, &given_logits, &topk_idx.data, &topk_weights.data, &token_rows.data, &dp_rows.data, &num_rows,
+            &log_span, &dlogits.data,
+        ]
+        kernel("routing.cu", "route_backward_chosen", defines, space.device_id, 0).launch(
+            <unsigned int>((warps + BACKWARD_WARPS - 1) // BACKWARD_WARPS), 1, 1, 32 * BACKWARD_WARPS, 0,
+            space.stream, chosen_params,
+        )
+        return
+    blocks = min((warps + BACKWARD_WARPS - 1) // BACKWARD_WARPS, <int64_t>BACKWARD_BLOCKS)
+    params = [
         &router, &given_logits, &topk_idx.data, &topk_weights.data, &tokens_per_expert.data, &token_rows.data,
         &dp_rows.data, &num_rows, &d_losses, &dlogits.data,
     ]
-    cdef int64_t blocks = (router.num_tokens + BACKWARD_WARPS - 1) // BACKWARD_WARPS
-    blocks = min(blocks, <int64_t>BACKWARD_BLOCKS)
-    cdef tuple defines = _DEFINES[dlogits.dtype, _per_lane(dlogits.dtype, dlogits.dims[1])]
     kernel("routing.cu", "route_backward", defines, space.device_id, 0).launch(
         <unsigned int>blocks, 1, 1, 32 * BACKWARD_WARPS, 0, space.stream, params
     )

@@ -150,7 +150,7 @@ def stage_calls(kind, dtype):
             [],
         ),
         "gate_backward": (
-            [floats(T, E, dtype=W), floats(T, H), floats(E, H), floats(R, H), token_rows],
+            [floats(T, K, dtype=W), floats(T, H), floats(E, H), floats(R, H), token_rows],
             [((T, H), dtype), ((E, H), dtype)],
             [idx],
         ),

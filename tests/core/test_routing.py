@@ -327,6 +327,7 @@ def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts
         (67, 130, 5, 2, 2),
         (1, 8, 1, 1, 1),
         (0, 8, 4, 2, 2),
+        (8257, 264, 40, 5, 5),
     ],
 )
 def test_gradients_of_chosen_experts_alone(
@@ -343,28 +344,23 @@ def test_gradients_of_chosen_experts_alone(
     rows = rounded(rng.standard_normal((2 * num_tokens, width)), dtype)
     token_rows = rng.integers(-1, max(len(rows), 1), (num_tokens, rows_a_token))
     idx = np.argsort(rng.random((num_tokens, num_experts)), axis=1)[:, :top_k]
-    d_logits = np.zeros((num_tokens, num_experts))
-    np.put_along_axis(d_logits, idx, rounded(rng.standard_normal(idx.shape), W), axis=1)
-    for t in range(0, num_tokens, 7):  # left out
-        idx[t], d_logits[t] = -1, 0
-    dx = kind.full(x.shape, np.nan, dtype)
-    given = d_logits.copy()
-    if kind.name == "cupy" and dtype in ("bfloat16", "float16") and not float32_gate and width % 8 == 0:
-        # there a kernel of its own reads no others
-        chosen = (idx[:, :, None] == np.arange(num_experts)).any(axis=1)
-        given[~chosen] = np.nan
-    arrays = [
-        kind.array(part, of) for part, of in ((given, W), (x, dtype), (gate, gate_dtype), (rows, dtype))
-    ]
-    named = [kind.array(token_rows, "int32"), dx, None, kind.array(idx, "int32")]
-    call_stage(kind, "gate_backward", *arrays, *named)
+    d_chosen = rounded(rng.standard_normal(idx.shape), W)
+    idx[::7], d_chosen[::7] = -1, 0  # left out
+    d_logits = spread(d_chosen, idx, num_experts)
+    arrays = [kind.array(part, of) for part, of in ((d_chosen, W), (x, dtype), (gate, gate_dtype))]
+    added = [kind.array(rows, dtype), kind.array(token_rows, "int32")]
+    chosen = kind.array(idx, "int32")
     sums = np.zeros(x.shape)
     for t, j in zip(*np.nonzero(token_rows >= 0), strict=True):
         sums[t] += rows[token_rows[t, j]]
-    want = d_logits @ gate + sums
-    assert_close(numbers(kind, dx), want, dtype, "dx")
-    if dtype == "float32":
-        assert np.linalg.norm(numbers(kind, dx) - want) <= 1e-6 * np.linalg.norm(want)
+    for pieces, whole in ((added, d_logits @ gate + sums), ([None, None], d_logits @ gate)):
+        dx = kind.full(x.shape, np.nan, dtype)
+        d_gate = kind.full(gate.shape, np.nan, gate_dtype)
+        call_stage(kind, "gate_backward", *arrays, *pieces, dx, d_gate, chosen)
+        for got, want, of in ((dx, whole, dtype), (d_gate, d_logits.T @ x, gate_dtype)):
+            assert_close(numbers(kind, got), want, of, "gradient")
+            if of == "float32":
+                assert np.linalg.norm(numbers(kind, got) - want) <= 1e-6 * np.linalg.norm(want)
 
 
 def route_backward(
@@ -390,7 +386,7 @@ def route_backward(
     token_rows = np.where(kept, 2 * token_rows + 1, -1)
     dp_rows = np.full(2 * T * K, np.nan)
     dp_rows[1::2] = np.asarray(rng.standard_normal(T * K), dtype=dtype)
-    d_logits = kind.full(logits.shape, np.nan, dtype)
+    d_logits = kind.full(idx.shape if config.sparse_gradient else logits.shape, np.nan, dtype)
     call_stage(
         kind,
         "route_backward",
@@ -413,7 +409,17 @@ def route_backward(
         if valid[t]:
             dp = np.where(kept[t], dp_rows[token_rows[t]], 0)
             want[t] += reference.weigh_backward(config, logits[t], idx[t], dp)
-    return numbers(kind, d_logits), want
+    got = numbers(kind, d_logits)
+    return spread(got, idx, config.num_experts) if config.sparse_gradient else got, want
+
+
+def spread(chosen, idx, num_experts):
+    """[T, E] from the chosen experts' [T, K]: zeros elsewhere."""
+    whole = np.zeros((len(idx), num_experts))
+    for t, k in zip(*np.nonzero(idx >= 0), strict=True):
+        whole[t, idx[t, k]] = chosen[t, k]
+    assert (chosen[idx < 0] == 0).all()
+    return whole
 
 
 @given(
@@ -452,32 +458,46 @@ def test_gradient_of_the_logits(
     bound = 1e-12 if dtype == "float64" else 5e-6
     most = bound * max(np.max(np.abs(want), initial=0), 1)
     assert np.max(np.abs(got - want), initial=0) <= most
-    if config.sparse_gradient:
-        chosen = (outputs[0][:, :, None] == np.arange(config.num_experts)).any(axis=1)
-        assert (want[~chosen] == 0).all()
-        assert np.max(np.abs(got[~chosen]), initial=0) <= most
 
 
-@pytest.mark.parametrize("with_logits", [True, False])
+@pytest.mark.parametrize(
+    ("gating", "normalised", "z_loss_coeff"),
+    [
+        ("softmax", True, 0.0),
+        ("softmax", True, 1.0),
+        ("softmax", False, 0.0),
+        ("sigmoid", True, 0.0),
+        ("sigmoid", False, 0.0),
+        ("sigmoid", False, 1.0),
+    ],
+)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "top_k"), [(300, 128, 8), (4500, 20, 3), (70, 300, 40)]
 )
 @pytest.mark.parametrize("scale", [0.3, 0.0])
-def test_gradient_of_many_logits(kind, scale, num_tokens, num_experts, top_k, dtype, with_logits):
+def test_gradient_of_many_logits(
+    kind, scale, num_tokens, num_experts, top_k, dtype, gating, normalised, z_loss_coeff
+):
     """More slots than lanes of a warp, more tokens than warps; pairs dropped, tokens left out."""
     config = MoEConfig(
-        d_model=1, ffn_dim=2, num_experts=num_experts, top_k=top_k, routed_scaling_factor=scale
+        d_model=1,
+        ffn_dim=2,
+        num_experts=num_experts,
+        top_k=top_k,
+        routed_scaling_factor=scale,
+        gating=gating,
+        norm_topk_prob=normalised,
+        z_loss_coeff=z_loss_coeff,
     )
     rng = np.random.default_rng(0)
     logits = np.float32(2 * rng.standard_normal((num_tokens, num_experts))).astype(float)
     valid = rng.random(num_tokens) < 0.9
     outputs = [numbers(kind, part) for part in stage_route(kind, config, logits, dtype, valid_mask=valid)]
     kept = (outputs[0] >= 0) & (rng.random(outputs[0].shape) < 0.9)
-    got, want = route_backward(
-        kind, config, logits, outputs, None, rng, valid, kept, dtype, with_logits=with_logits
-    )
-    assert want.any() == (scale != 0)
+    grad_losses = np.array([0.0, 1.0, 0.0]) if z_loss_coeff else None
+    got, want = route_backward(kind, config, logits, outputs, grad_losses, rng, valid, kept, dtype)
+    assert want.any() == (scale != 0 or z_loss_coeff != 0)
     assert_close(got, want, dtype, "gradient of the logits")
 
 

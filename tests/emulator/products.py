@@ -212,16 +212,27 @@ def router(hidden, experts, top_k):
     token_rows = new.rng.integers(-1, len(rows), (tokens, top_k))
     logits, dx, d_gate = new.out(tokens, experts, dtype="float32"), new.out(*x.shape), new.out(*gate.shape)
     call_stage(KIND, "gate_logits", x_array, gate_array, logits)
+    added = (rows_array, KIND.array(token_rows, "int32"))
     call_stage(
-        KIND, "gate_backward", KIND.array(d_logits, "float32"), x_array, gate_array, rows_array,
-        KIND.array(token_rows, "int32"), dx, d_gate,
+        KIND, "gate_backward", KIND.array(d_logits, "float32"), x_array, gate_array, *added, dx, d_gate
+    )
+    chosen = np.argsort(new.rng.random((tokens, experts)), axis=1)[:, :top_k]
+    d_chosen, d_gate_chosen = np.take_along_axis(d_logits, chosen, 1), new.out(*gate.shape)
+    dx_chosen = new.out(*x.shape)
+    call_stage(
+        KIND, "gate_backward", KIND.array(d_chosen, "float32"), x_array, gate_array, *added, dx_chosen,
+        d_gate_chosen, KIND.array(chosen, "int32"),
     )  # fmt: skip
     want = x @ gate.T
     assert np.linalg.norm(numbers(KIND, logits) - want) < 1e-6 * np.linalg.norm(want)
     gathered = np.where((token_rows >= 0)[:, :, None], rows[token_rows], 0).sum(axis=1)
     assert_rounded_once(numbers(KIND, dx), d_logits @ gate + gathered, DTYPE, "dx")
     assert_rounded_once(numbers(KIND, d_gate), d_logits.T @ x, DTYPE, "d_gate")
-    return [logits, dx, d_gate]
+    only_chosen = np.zeros(d_logits.shape)
+    np.put_along_axis(only_chosen, chosen, d_chosen, axis=1)
+    assert_rounded_once(numbers(KIND, dx_chosen), only_chosen @ gate + gathered, DTYPE, "dx of the chosen")
+    assert_rounded_once(numbers(KIND, d_gate_chosen), only_chosen.T @ x, DTYPE, "d_gate of the chosen")
+    return [logits, dx, d_gate, dx_chosen, d_gate_chosen]
 
 
 def main(sources, schedules, name):
