@@ -230,10 +230,11 @@ STAGE_OF = {
     "grouped_glu_backward": ("d-activation",),
     "grouped_gemm_wgrad": ("dW_down", "dW_up", "router dgate"),
     "sum_parts": ("sums",),
-    "route_backward": ("route backward",),
+    "route_backward_chosen": ("route backward",),
     "dense_gemm": ("router dgate",),
     "router_dx": ("combine dx",),
-    "split_terms": ("router dgate",),
+    "spread": ("router dgate",),
+    "chosen_terms": ("router dgate",),
 }
 OTHER = "other"
 
@@ -274,9 +275,9 @@ def floors(shape: Shape, measured: dict[str, float]) -> dict[str, float]:
         "dW_down": (2 * product, token + inside + w_down),
         "dW_up": (4 * product, token + 2 * inside + w_up),
         "d-input": (4 * product, 2 * inside + w_up + row),
-        "route backward": (0, logits + 3 * choice),
+        "route backward": (0, 5 * choice),
         "combine dx": (2 * R * H, row + 2 * choice + gate + token),
-        "router dgate": (2 * T * H * E, logits + token + gate),
+        "router dgate": (2 * T * H * E, 2 * choice + token + gate),
     }
     rate, bandwidth = measured["product_tflops"] * 1e9, measured["copy_gbps"] * 1e6  # a millisecond
     return {name: max(flops / rate, size / bandwidth) for name, (flops, size) in work.items()}
@@ -298,7 +299,7 @@ def stage_times(call: Callable[[], object], floor: dict[str, float]) -> dict[str
     )
     each, rest = divmod(len(events), PROFILED)
     names = [event.name for event in events[:each]]
-    if rest or not {"route", "route_backward"} <= set(names):
+    if rest or not {"route", "route_backward_chosen"} <= set(names):
         raise ProfileError(f"{len(events)} kernels in {PROFILED} equal calls, the first ones {names[:30]}")
     calls = [events[at : at + each] for at in range(0, len(events), each)]
     found: dict[str, list[float]] = {}

@@ -18,6 +18,7 @@ using X = type_of<X_TYPE>;
 constexpr int THREADS = 256, BLOCKS = 4;  // a multiprocessor: bytes on their way are what counts
 constexpr int WIDTH = 8;                  // columns of a thread
 constexpr int LOADS = 8 / TOKENS;         // of each token, on their way at the same time
+constexpr int FACTORS = TOKENS < 4 ? LOADS : 1;  // likewise of the gate's part: registers have no room for more
 
 // out[t] = sum over j of rows[token_rows[t, j]], where that names a row, + sum over k of d_chosen[t, k] * gate[e] with
 // e = topk_idx[t, k], where that is an expert. `1 << log_lanes` threads share a slice, `slices` make a row of `columns`;
@@ -58,13 +59,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) router_dx(
 #pragma unroll
                 for (int l = 0; l < LOADS; ++l) pieces[i][l].add_to(sums[i]);
         }
-        for (int k = 0; k < top_k; k += LOADS) {
-            int experts[TOKENS][LOADS];
-            float factors[TOKENS][LOADS];
+        for (int k = 0; k < top_k; k += FACTORS) {
+            int experts[TOKENS][FACTORS];
+            float factors[TOKENS][FACTORS];
 #pragma unroll
             for (int i = 0; i < TOKENS; ++i)
 #pragma unroll
-                for (int l = 0; l < LOADS; ++l) {
+                for (int l = 0; l < FACTORS; ++l) {
                     const bool asked = first + i < end && k + l < top_k;
                     const int64 at = (first + i) * top_k + k + l;
                     const int expert = asked ? topk_idx[at] : -1;
@@ -75,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) router_dx(
 #pragma unroll
             for (int i = 0; i < TOKENS; ++i)
 #pragma unroll
-                for (int l = 0; l < LOADS; ++l)
+                for (int l = 0; l < FACTORS; ++l)
                     slice[(experts[i][l] << log_lanes) + lane].add_to(sums[i], factors[i][l]);
         }
 #pragma unroll

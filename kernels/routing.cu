@@ -512,8 +512,9 @@ extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward
     const double valid = double(warp_sum(rows)) / top_k;
     double aux_grad = 0, z_grad = 0;
     if (grad_losses != nullptr && valid > 0) {
-        aux_grad = grad_losses[0] * router.aux_coeff * num_experts / valid;
-        z_grad = grad_losses[1] * router.z_coeff * 2 / valid;
+        // a loss without a coefficient has no gradient, whatever it is multiplied by
+        if (router.aux_coeff != 0) aux_grad = grad_losses[0] * router.aux_coeff * num_experts / valid;
+        if (router.z_coeff != 0) z_grad = grad_losses[1] * router.z_coeff * 2 / valid;
     }
     W balance[N];  // the aux loss's gradient by q
 #pragma unroll

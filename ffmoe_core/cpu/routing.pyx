@@ -552,6 +552,12 @@ def route_and_sort(
     )
 
 
+cdef double number_at(Array array, int index) noexcept:
+    if array.dtype == FLOAT64:
+        return (<double*>array.data)[index]
+    return (<float*>array.data)[index]
+
+
 def route_backward(
     Space space, config, Array logits, Array topk_idx, Array topk_weights, Array tokens_per_expert,
     Array token_rows, Array dp_rows, Array grad_losses, Array dlogits,
@@ -577,11 +583,11 @@ def route_backward(
     for e in range(E):
         total_rows += rows[e]
     tokens = <double>max(total_rows // job.router.top_k, 1)
-    if grad_losses is not None:
-        daux = (<double*>grad_losses.data)[0] if double_precision else (<float*>grad_losses.data)[0]
-        job.dz = (<double*>grad_losses.data)[1] if double_precision else (<float*>grad_losses.data)[1]
-    daux *= job.router.aux_coeff
-    job.dz *= job.router.z_coeff / tokens
+    # a loss without a coefficient has no gradient, whatever it is multiplied by
+    if grad_losses is not None and job.router.aux_coeff != 0:
+        daux = job.router.aux_coeff * number_at(grad_losses, 0)
+    if grad_losses is not None and job.router.z_coeff != 0:
+        job.dz = job.router.z_coeff * number_at(grad_losses, 1) / tokens
     job.has_aux = daux != 0
     for e in range(E):
         job.dshares[e] = daux * E * (rows[e] / tokens) / tokens

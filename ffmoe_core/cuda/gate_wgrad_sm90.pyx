@@ -1,8 +1,9 @@
 """The gradient by the gate's weight on Hopper, d_gate = d_logits^T x, as a weight gradient of the experts' kernels.
 
-Those take 16-bit operands, so d_logits go in as two bfloat16 terms side by side (kernels/terms.cu), which may have to
-be found among the chosen experts' first: far below the rounding of a bfloat16 result. And their contraction is a group of rows, so the tokens are cut into equal groups until
-every multiprocessor has work; what the groups and the terms give is added up in order.
+Those take 16-bit operands, so d_logits go in as two bfloat16 terms side by side: far below the rounding of a bfloat16
+result. kernels/terms.cu makes them, also from the chosen experts' alone. And their contraction is a group of rows, so the
+tokens are cut into equal groups until every multiprocessor has work; what the groups and the terms give is added up in
+order.
 """
 
 from libc.stdint cimport int64_t
@@ -66,21 +67,21 @@ cdef int gate_wgrad(Space space, Array d_logits, Array topk_idx, Array x, Array 
     cdef Array terms = space.empty((T, TERMS * E), BFLOAT16)
     cdef Array offsets = space.empty((parts + 1,), INT32)
     cdef Array sums = space.empty((parts, TERMS * E, H), FLOAT32)
-    cdef unsigned int blocks = <unsigned int>divided_up(<int64_t>T * E // WIDTH, THREADS)
+    cdef int64_t pieces = E // WIDTH  # a thread's
     cdef Parameter[7] split_params = [
         &d_logits.data, &terms.data, &offsets.data, &T, &E, &parts, &part_rows
     ]
     cdef Parameter[9] chosen_params
     if topk_idx is None:
         kernel("terms.cu", "split_terms", (), space.device_id, 0).launch(
-            blocks, 1, 1, THREADS, 0, space.stream, split_params
+            <unsigned int>divided_up(T * pieces, THREADS), 1, 1, THREADS, 0, space.stream, split_params
         )
     else:
         chosen_params = [
             &d_logits.data, &topk_idx.data, &terms.data, &offsets.data, &T, &E, &top_k, &parts, &part_rows
         ]
         kernel("terms.cu", "chosen_terms", (), space.device_id, 0).launch(
-            blocks, 1, 1, THREADS, 0, space.stream, chosen_params
+            <unsigned int>divided_up(T, THREADS // pieces), 1, 1, THREADS, 0, space.stream, chosen_params
         )
     sm90.grouped_gemm_wgrad(space, terms, x, offsets, None, None, sums, False, 1)
     return sum_parts(space, sums, d_gate, TERMS * parts)

@@ -10,7 +10,7 @@ __device__ __forceinline__ void prefetch(const void* from) {
 
 // 16 bytes, or zeros where there is nothing to read.
 __device__ __forceinline__ void copy16_async(uint32 to, const void* from, bool there) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;"
                  :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 // 4 bytes, or zeros.

@@ -215,9 +215,10 @@ def test_logits_are_kept_where_weights_do_not_say_enough(kind, options, kept):
     assert (result.saved.logits is not None) == kept
 
 
-def test_a_loss_without_a_coefficient_has_no_gradient(kind):
+@pytest.mark.parametrize("options", [{}, {"norm_topk_prob": False}, {"gating": "sigmoid"}], ids=str)
+def test_a_loss_without_a_coefficient_has_no_gradient(kind, options):
     """Whatever comes back to it."""
-    config = replace(BASE, **LOSSES["no loss"])
+    config = replace(BASE, **LOSSES["no loss"], **options)
     layer = random_layer(config, 9, "float32")
     _, grads = run_layer(kind, config, layer, "float32")
     layer.grad_losses[:] = np.nan
