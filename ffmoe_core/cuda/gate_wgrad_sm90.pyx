@@ -1,9 +1,9 @@
 """The gradient by the gate's weight on Hopper, d_gate = d_logits^T x, as a weight gradient of the experts' kernels.
 
 Those take 16-bit operands, so d_logits go in as two bfloat16 terms side by side: far below the rounding of a bfloat16
-result. kernels/terms.cu makes them, also from the chosen experts' alone. And their contraction is a group of rows, so the
-tokens are cut into equal groups until every multiprocessor has work; what the groups and the terms give is added up in
-order.
+result. kernels/terms.cu makes them, also from the chosen experts' alone. And their contraction is a group of rows, so
+the tokens are cut into equal groups until every multiprocessor has work; what the groups and the terms give is added up
+in order.
 """
 
 from libc.stdint cimport int64_t
