@@ -13,6 +13,7 @@ cdef int check_rows(int64_t num_tokens, int64_t top_k) except -1
 cdef int check_sums(object obj, Array out, str name, Array other, str other_name) except -1
 cdef int check_writable(object obj, Array array, str name) except -1
 cdef int check_output(object obj, Array out, str name, Array other, str other_name) except -1
+cdef Array output_of(Space space, object out, str name, tuple shape, Array like, str like_name)
 cdef Array bias_of(object expert_bias, int64_t num_experts, Array x)
 cdef Array mask_of(object valid_mask, int64_t num_tokens, Array x)
 cdef int router_dtype(Array x) noexcept

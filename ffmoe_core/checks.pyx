@@ -98,6 +98,18 @@ cdef int check_output(object obj, Array out, str name, Array other, str other_na
     return check_writable(obj, out, name)
 
 
+cdef Array output_of(Space space, object out, str name, tuple shape, Array like, str like_name):
+    """The array of an ``out=`` argument, or a new one, of the dtype of ``like``."""
+    cdef Array array
+    if out is None:
+        return space.empty(shape, like.dtype)
+    array = view(out, name)
+    if array.shape != shape:
+        raise ShapeError(f"{name} has shape {array.shape}; expected {shape}")
+    check_output(out, array, name, like, like_name)
+    return array
+
+
 cdef int check_writable(object obj, Array array, str name) except -1:
     """``array`` is the view of ``obj``, through an array of its own for what only speaks DLPack."""
     for holder in (obj, array.owner):

@@ -7,6 +7,7 @@ def glu_up(
     activation: str = "swiglu",
     *,
     keep_z: bool = True,
+    out: tuple[Any, Any | None] | None = None,
     spared: int = 0,
     spared_flop: float = math.inf,
 ) -> tuple[Any, Any]:
@@ -15,21 +16,22 @@ def glu_up(
     x [T, H] of any float dtype, T may be 0; w_up [2J, H], dtype of x, gate rows first, then up rows;
     ``activation``: "swiglu", "geglu" (tanh approximation) or "relu_squared". Returns (a [T, J], z [T, 2J]), both
     of x's dtype; z is what backward needs, and None with ``keep_z=False``. Accumulates in float32 (float64), and
-    a comes from the unrounded z. Nothing waits for the device.
+    a comes from the unrounded z. ``out``: arrays for both, (a, z), which are returned; z None with ``keep_z=False``.
+    Nothing waits for the device.
 
     ``spared``: multiprocessors of a Hopper GPU that the product leaves to other work, such as an exchange between
     GPUs, for its first ``spared_flop`` floating-point operations: that many it can do until the other work is over.
     The rest is launched by itself, and takes all of them. Other devices have no use for it.
 
     Raises ShapeError, DTypeError, DeviceError, LayoutError for arrays that do not fit, ConfigError for an unknown
-    activation, and a ``spared`` or ``spared_flop`` out of range, OutOfMemoryError, and MissingDependencyError for
-    arrays on a GPU without CuPy.
+    activation, an ``out`` that is no such pair, and a ``spared`` or ``spared_flop`` out of range, OutOfMemoryError, and
+    MissingDependencyError for arrays on a GPU without CuPy.
     """
 
-def glu_down(a: Any, w_down: Any, *, spared: int = 0, spared_flop: float = math.inf) -> Any:
+def glu_down(a: Any, w_down: Any, *, out: Any = None, spared: int = 0, spared_flop: float = math.inf) -> Any:
     """The second half: ``a @ w_down.T``, [T, H] in the dtype of a, for a [T, J] and w_down [H, J].
 
-    See ``glu_up`` for the rest.
+    ``out``: [T, H], where to write it. See ``glu_up`` for the rest.
     """
 
 def glu_down_backward(

@@ -8,7 +8,16 @@ import math
 from libc.stdint cimport int64_t
 
 from .arrays cimport INT32, UINT8, Array, Space, itemsize, padded, space_of, view
-from .checks cimport check_floating, check_like, check_rows, check_shape, check_widths, router_dtype
+from .checks cimport (
+    check_apart,
+    check_floating,
+    check_like,
+    check_rows,
+    check_shape,
+    check_widths,
+    output_of,
+    router_dtype,
+)
 
 from .backend import backend_for
 from .config import ACTIVATIONS
@@ -21,7 +30,7 @@ cdef enum:
     MORE_PIECES = 4
 
 
-def glu_up(x, w_up, activation="swiglu", *, keep_z=True, spared=0, spared_flop=math.inf):
+def glu_up(x, w_up, activation="swiglu", *, keep_z=True, out=None, spared=0, spared_flop=math.inf):
     """The up-projection and its activation. See glu.pyi for shapes, dtypes and errors."""
     cdef Array tokens = tokens_of(x, "x", "[T, d_model]"), weight = view(w_up, "w_up")
     cdef int64_t T = tokens.dims[0], H = tokens.dims[1]
@@ -29,9 +38,12 @@ def glu_up(x, w_up, activation="swiglu", *, keep_z=True, spared=0, spared_flop=m
     check_activation(activation)
     cdef Space space = space_of(x, tokens)
     backend = backend_for(space)
-    cdef Array a = space.empty((T, J), tokens.dtype), z = None
+    given_a, given_z = pair_of(out, keep_z)
+    cdef Array a = output_of(space, given_a, "out[0]", (T, J), tokens, "x"), z = None
+    apart(a, "out[0]", ((tokens, "x"), (weight, "w_up")))
     if keep_z:
-        z = space.empty((T, 2 * J), tokens.dtype)
+        z = output_of(space, given_z, "out[1]", (T, 2 * J), tokens, "x")
+        apart(z, "out[1]", ((tokens, "x"), (weight, "w_up"), (a, "out[0]")))
     cdef Pieces pieces = Pieces(spared, spared_flop, T, 4.0 * H * J)
     cdef Array offsets = pieces.offsets(backend, space, space.empty((OFFSETS_BYTES,), UINT8))
     for piece in pieces.each(space):
@@ -39,10 +51,12 @@ def glu_up(x, w_up, activation="swiglu", *, keep_z=True, spared=0, spared_flop=m
             space, tokens, weight.at(0, (1, 2 * J, H), weight.dtype), offsets, None, activation, z, a,
             pieces.count, piece,
         )
+    if out is not None:
+        return given_a, given_z
     return space.export(a), None if z is None else space.export(z)
 
 
-def glu_down(a, w_down, *, spared=0, spared_flop=math.inf):
+def glu_down(a, w_down, *, out=None, spared=0, spared_flop=math.inf):
     """The down-projection. See glu.pyi for shapes, dtypes and errors."""
     cdef Array rows = tokens_of(a, "a", "[T, width]"), weight = view(w_down, "w_down")
     cdef int64_t T = rows.dims[0], J = rows.dims[1]
@@ -50,14 +64,15 @@ def glu_down(a, w_down, *, spared=0, spared_flop=math.inf):
     cdef int64_t H = weight.dims[0]
     cdef Space space = space_of(a, rows)
     backend = backend_for(space)
-    cdef Array output = space.empty((T, H), rows.dtype)
+    cdef Array output = output_of(space, out, "out", (T, H), rows, "a")
+    apart(output, "out", ((rows, "a"), (weight, "w_down")))
     cdef Pieces pieces = Pieces(spared, spared_flop, T, 2.0 * H * J)
     cdef Array offsets = pieces.offsets(backend, space, space.empty((OFFSETS_BYTES,), UINT8))
     for piece in pieces.each(space):
         backend.grouped_gemm(
             space, rows, weight.at(0, (1, H, J), weight.dtype), offsets, None, True, output, pieces.count, piece
         )
-    return space.export(output)
+    return out if out is not None else space.export(output)
 
 
 def glu_down_backward(
@@ -163,6 +178,21 @@ cdef Array wgrad(backend, Space space, Array a, Array b, Array offsets, int piec
         space, a, b, offsets, None, None, gradient.at(0, (1, a.dims[1], b.dims[1]), a.dtype), False, 1.0, pieces
     )
     return gradient
+
+
+cdef tuple pair_of(object out, bint keep_z):
+    """a and z of glu_up's ``out=``."""
+    if out is None:
+        return None, None
+    if not isinstance(out, tuple) or len(out) != 2 or out[0] is None or (out[1] is not None) != keep_z:
+        raise ConfigError(f"out must be a pair (a, {'z' if keep_z else 'None'}) with keep_z={bool(keep_z)}")
+    return out
+
+
+cdef int apart(Array out, str name, tuple others) except -1:
+    for other, other_name in others:
+        check_apart(out, name, other, other_name)
+    return 0
 
 
 cdef Array tokens_of(object obj, str name, str symbols):

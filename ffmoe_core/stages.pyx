@@ -15,12 +15,12 @@ from .checks cimport (
     check_finite,
     check_floating,
     check_like,
-    check_output,
     check_rows,
     check_shape,
     check_sums,
     check_widths,
     mask_of,
+    output_of,
     router_dtype,
 )
 
@@ -117,7 +117,7 @@ def permute(x, plan, *, out=None):
     if offsets.dims[0] < 2:
         raise ShapeError(f"plan.expert_offsets has {offsets.dims[0]} entries; expected [E + 1], at least 2")
     cdef Space space = space_of(x, tokens)
-    cdef Array rows = _output(space, out, (row_token.dims[0], tokens.dims[1]), tokens, "x")
+    cdef Array rows = output_of(space, out, "out", (row_token.dims[0], tokens.dims[1]), tokens, "x")
     check_apart(rows, "out", tokens, "x")
     backend_for(space).permute(space, tokens, row_token, offsets, rows)
     return out if out is not None else space.export(rows)
@@ -137,7 +137,7 @@ def combine(rows, plan, *, weighted=True, out=None):
         check_device(weights, "plan.topk_weights", source, "rows")
         check_dtype(weights, "plan.topk_weights", (router_dtype(source),))
     cdef Space space = space_of(rows, source)
-    cdef Array tokens = _output(space, out, (token_rows.dims[0], source.dims[1]), source, "rows")
+    cdef Array tokens = output_of(space, out, "out", (token_rows.dims[0], source.dims[1]), source, "rows")
     check_apart(tokens, "out", source, "rows")
     backend_for(space).combine(space, source, token_rows, weights, tokens)
     return out if out is not None else space.export(tokens)
@@ -162,7 +162,7 @@ def grouped_gemm(a, b, expert_offsets, *, row_index=None, transpose_b=True, out=
     cdef int64_t num_rows = left.dims[0] if index is None else index.dims[0]
     if validate:
         _check_offset_values(space, offsets, num_rows)
-    cdef Array product = _output(space, out, (num_rows, right.dims[1 if transpose_b else 2]), left, "a")
+    cdef Array product = output_of(space, out, "out", (num_rows, right.dims[1 if transpose_b else 2]), left, "a")
     check_apart(product, "out", left, "a")
     check_apart(product, "out", right, "b")
     backend_for(space).grouped_gemm(space, left, right, offsets, index, bool(transpose_b), product)
@@ -207,17 +207,6 @@ def grouped_gemm_wgrad(
         space, left, right, offsets, left_index, right_index, product, bool(accumulate)
     )
     return out if out is not None else space.export(product)
-
-
-cdef Array _output(Space space, object out, tuple shape, Array like, str like_name):
-    cdef Array array
-    if out is None:
-        return space.empty(shape, like.dtype)
-    array = view(out, "out")
-    if array.shape != shape:
-        raise ShapeError(f"out has shape {array.shape}; expected {shape}")
-    check_output(out, array, "out", like, like_name)
-    return array
 
 
 cdef Array _plan_index(object index, str name, str symbols, Array like, str like_name):

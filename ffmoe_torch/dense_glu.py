@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from ffmoe_core import glu_down, glu_down_backward, glu_up, glu_up_backward
 
 from .functional import as_tokens, autocast_all, no_second_derivative, nothing_between
-from .side_stream import after, beside
+from .side_stream import Beside
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -51,47 +51,63 @@ def start_glu(
     w_down: Tensor,
     activation: str,
     spared: Spared = NOTHING_SPARED,
-    side: torch.cuda.Stream | None = None,
-    origin: torch.cuda.Stream | None = None,
+    beside: Beside | None = None,
+    whole: bool = False,
 ) -> Callable[[], Tensor]:
     """Launches the up-projection of x [*, H]; what it returns launches the rest, and gives the output [*, H].
 
     w_up [2J, H] and w_down [H, J] of x's dtype; under autocast all are cast to its dtype. ``spared`` is so by the
-    up-projection, by the rest, and in backward by the first product, that of dz. ``side`` is a stream beside the
-    current one for the up-projection, which the current one has to wait for before the rest; backward is on the current
-    one. ``origin`` is the stream that the current one is beside, if it is. Raises the errors of ``glu_up`` and
-    ``glu_down``. A second derivative raises UnsupportedError.
+    up-projection, by the rest, and in backward by the first product, that of dz. The up-projection goes ``beside`` the
+    current stream, if that is given, and with ``whole`` the rest at once, too: join it before the call of what is
+    returned. Backward is on the current stream. Raises the errors of ``glu_up`` and ``glu_down``. A second derivative
+    raises UnsupportedError.
     """
     shape = x.shape
     tokens, up, down = (
         tensor.contiguous() for tensor in autocast_all(as_tokens(x, "x", w_up.shape[1]), w_up, w_down)
     )
     if not torch.is_grad_enabled() or not (tokens.requires_grad or up.requires_grad or down.requires_grad):
-        a, _ = beside(
-            side, partial(glu_up, activation=activation, keep_z=False, **_options(spared)), tokens, up
-        )
-        return lambda: glu_down(a, down, **_options(spared)).view(shape)
-    z, a = _Up.apply(tokens, up, activation, spared, side, origin)
-    return lambda: _Down.apply(z, a, down, activation, spared, origin).view(shape)
+        a, _ = _up(beside, tokens, up, activation, spared, keep_z=False)
+        finish = _start_down(beside if whole else None, a, down, spared)
+        return lambda: finish().view(shape)
+    z, a = _Up.apply(tokens, up, activation, spared, beside)
+    finish = _start_down(beside if whole else None, a, down, spared)
+    # not before z is there for the current stream, too: hooks for saved tensors may read it
+    return lambda: _Down.apply(z, down, activation, spared, finish).view(shape)
 
 
 def _options(spared: Spared) -> dict[str, Any]:
     return {"spared": spared.multiprocessors, "spared_flop": spared.flop}
 
 
+def _up(
+    beside: Beside | None, x: Tensor, w_up: Tensor, activation: str, spared: Spared, *, keep_z: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``glu_up``; beside the current stream in memory of that."""
+    function: Callable[..., Any] = partial(glu_up, activation=activation, keep_z=keep_z, **_options(spared))
+    if beside is not None:
+        rows, columns = len(x), len(w_up)
+        out = x.new_empty(rows, columns // 2), x.new_empty(rows, columns) if keep_z else None
+        function = partial(beside.run, partial(function, out=out))
+    found: tuple[Tensor, Tensor | None] = function(x, w_up)
+    return found
+
+
+def _start_down(beside: Beside | None, a: Tensor, w_down: Tensor, spared: Spared) -> Callable[[], Tensor]:
+    """``glu_down``, launched when what is returned is called; beside the current stream at once, in memory of that."""
+    function = partial(glu_down, **_options(spared))
+    if beside is None:
+        return partial(function, a, w_down)
+    output = beside.run(partial(function, out=a.new_empty(len(a), len(w_down))), a, w_down)
+    return lambda: output
+
+
 class _Up(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        w_up: Tensor,
-        activation: str,
-        spared: Spared,
-        side: torch.cuda.Stream | None,
-        origin: torch.cuda.Stream | None,
-    ) -> tuple[Tensor, Tensor]:
-        a, z = beside(side, partial(glu_up, activation=activation, **_options(spared)), x, w_up)
-        ctx.origin = origin
+        ctx: Any, x: Tensor, w_up: Tensor, activation: str, spared: Spared, beside: Beside | None
+    ) -> tuple[Tensor | None, Tensor]:
+        a, z = _up(beside, x, w_up, activation, spared, keep_z=True)
         ctx.save_for_backward(x, w_up)
         ctx.mark_non_differentiable(a)  # its gradient is part of z's
         ctx.set_materialize_grads(False)
@@ -101,60 +117,52 @@ class _Up(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dz, _ = grads
         if dz is None:
-            return (None,) * 6
-        after(ctx.origin)
+            return (None,) * 5
         x, w_up = ctx.saved_tensors
         x_grad, weight_grad, *_ = ctx.needs_input_grad
         function = partial(glu_up_backward, x_grad=x_grad, weight_grad=weight_grad)
-        return *_gradients(function, dz, x, w_up), None, None, None, None
+        return *gradients(function, dz, x, w_up), None, None, None
 
 
 class _Down(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        a: Tensor,
-        w_down: Tensor,
-        activation: str,
-        spared: Spared,
-        origin: torch.cuda.Stream | None,
+        ctx: Any, z: Tensor, w_down: Tensor, activation: str, spared: Spared, finish: Callable[[], Tensor]
     ) -> Tensor:
-        ctx.activation, ctx.spared, ctx.origin = activation, spared, origin
+        ctx.activation, ctx.spared = activation, spared
         ctx.save_for_backward(z, w_down)
         ctx.set_materialize_grads(False)
-        return glu_down(a, w_down, **_options(spared))
+        return finish()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (d_out,) = grads
         if d_out is None:
-            return (None,) * 6
-        after(ctx.origin)
+            return (None,) * 5
         z, w_down = ctx.saved_tensors
         function = partial(
             glu_down_backward,
             activation=ctx.activation,
-            weight_grad=ctx.needs_input_grad[2],
+            weight_grad=ctx.needs_input_grad[1],
             **_options(ctx.spared),
         )
-        dz, dw_down = _gradients(function, d_out.contiguous(), z, w_down)
-        return dz, None, dw_down, None, None, None
+        return *gradients(function, d_out.contiguous(), z, w_down), None, None, None
 
 
-def _gradients(function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """``function(*tensors)``, with a graph where autograd wants one (create_graph)."""
-    found: tuple[Tensor | None, Tensor | None] = (
+def gradients(function: Callable[..., Any], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``function(*tensors)``; where autograd wants a graph of it (create_graph), one that refuses a second derivative.
+
+    All that the gradients depend on is to be among the tensors.
+    """
+    found: tuple[Tensor | None, ...] = (
         _Gradients.apply(function, *tensors) if torch.is_grad_enabled() else function(*tensors)
     )
     return found
 
 
 class _Gradients(torch.autograd.Function):
-    """Is there to refuse a second derivative."""
-
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], *tensors: Tensor) -> Any:
+    def forward(ctx: Any, function: Callable[..., Any], *tensors: Tensor | None) -> Any:
         return function(*tensors)
 
     @staticmethod

@@ -6,12 +6,11 @@ their way. What stands between the halves of combine runs beside its exchange, i
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import _StopRecomputationError
 
 from ffmoe_core import ExpertParallel, expert_range
@@ -20,7 +19,7 @@ from ffmoe_core.comm import Communicator, Step
 from ffmoe_core.errors import CommError, ConfigError
 from ffmoe_core.expert_parallel import Combining, Dispatched, Sizes, Underway
 
-from .dense_glu import Spared
+from .dense_glu import Spared, gradients
 from .functional import autocast_all, refuse_functorch, refuse_tangents
 from .shared_expert import BesideExchanges
 
@@ -229,6 +228,26 @@ class _Call:
         return dispatched
 
 
+_Gradients = tuple[Tensor | None, ...]
+
+
+def _differentiable_once(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
+    """A Function's backward from ``backward(ctx, saved, *grads)``, where ``saved`` are its saved tensors.
+
+    Torch's once_differentiable takes gradients for constants wherever those that come are: what is missing from a
+    second derivative would go unnoticed.
+    """
+
+    @wraps(backward)
+    def refusing(ctx: Any, *grads: Tensor) -> _Gradients:
+        def function(*tensors: Tensor) -> _Gradients:
+            return backward(ctx, tensors[len(grads) :], *tensors[: len(grads)])
+
+        return gradients(function, *grads, *ctx.saved_tensors)
+
+    return refusing
+
+
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -268,9 +287,9 @@ class _Dispatch(torch.autograd.Function):
         return dispatched.received, dispatched.weights, dispatched.losses
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, router_input, gate_weight, logits, routing, sending, pair_slots = ctx.saved_tensors
+    @_differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], *grads: Tensor) -> _Gradients:
+        x, router_input, gate_weight, logits, routing, sending, pair_slots = saved
         call: _Call = ctx.call
         dispatched = call.dispatched_again(
             logits=logits, routing=routing, balance=ctx.balance, sending=sending, pair_slots=pair_slots
@@ -314,9 +333,9 @@ class _Experts(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        received, z, w_up, w_down, receiving = ctx.saved_tensors
+    @_differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], *grads: Tensor) -> _Gradients:
+        received, z, w_up, w_down, receiving = saved
         call: _Call = ctx.call
         dispatched = call.dispatched_again(receiving=receiving)
         d_received, d_weights, weight_gradients = call.expert_parallel.run_experts_backward(
@@ -338,8 +357,8 @@ class _StartCombine(torch.autograd.Function):
         return returned
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @_differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], *grads: Tensor) -> _Gradients:
         call: _Call = ctx.call
         d_rows = call.expert_parallel.finish_combine_backward(call.take_combining())
         underway = call.dispatched_again().underway
@@ -359,11 +378,11 @@ class _FinishCombine(torch.autograd.Function):
         return call.expert_parallel.finish_combine(call.take_combining(), call.dispatched)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @_differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], *grads: Tensor) -> _Gradients:
         call: _Call = ctx.call
         call.start_backward()
-        (sending,) = ctx.saved_tensors
+        (sending,) = saved
         dispatched = call.dispatched_again(sending=sending)
         call.combining = call.expert_parallel.start_combine_backward(grads[0].contiguous(), dispatched)
         return None, call.combining.packed

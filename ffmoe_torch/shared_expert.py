@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .dense_glu import Spared, serves, start_glu
-from .functional import autocast_all
-from .side_stream import beside, side_stream
+from .side_stream import Beside
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -72,25 +71,25 @@ def on_a_side_stream(expert: nn.Module, x: Tensor) -> Join:
     """
     if not x.is_cuda or torch.compiler.is_compiling() or not _is_ours(expert):
         return lambda: expert(x)
-    current, side = torch.cuda.current_stream(x.device), side_stream(x.device)
-    # Autograd runs backward there, too, and hooks for saved tensors; backward may be the last to read x.
+    beside = Beside(x.device)
     if serves(x, expert.w_up, expert.w_down):
-        glu = partial(_whole_glu, expert.activation, current)
-        # casts are the caller's, and so is their backward
-        output = beside(side, glu, *autocast_all(x, expert.w_up, expert.w_down))
+        finish = start_glu(x, expert.w_up, expert.w_down, expert.activation, beside=beside, whole=True)
     else:
-        output = beside(side, expert, x)
+        finish = _start_module(beside, expert, x)
 
     def join() -> Tensor:
-        current.wait_stream(side)
-        output.record_stream(current)
-        return output
+        beside.join()
+        return finish()
 
     return join
 
 
-def _whole_glu(activation: str, origin: torch.cuda.Stream, x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    return start_glu(x, w_up, w_down, activation, origin=origin)()
+def _start_module(beside: Beside, module: nn.Module, x: Tensor) -> Join:
+    """A call of torch's operations: their memory is the side stream's, where autograd runs backward, too."""
+    output: Tensor = beside.run(module, x)
+    x.record_stream(beside.side)  # backward may be the last to read it
+    output.record_stream(beside.origin)
+    return lambda: output
 
 
 class BesideExchanges:
@@ -106,7 +105,7 @@ class BesideExchanges:
         self._x = x
         self._launch_rest: Callable[[], Tensor] | None = None
         self._output: Tensor | None = None
-        self._side: torch.cuda.Stream | None = None
+        self._beside: Beside | None = None
 
     def start(self, spared: Spared) -> None:
         """Launches what can run until the tokens have crossed."""
@@ -115,15 +114,15 @@ class BesideExchanges:
             return
         self._launch_rest = partial(expert, x)
         if _is_ours(expert) and serves(x, expert.w_up, expert.w_down):
-            self._side = side_stream(x.device)
+            self._beside = Beside(x.device)
             self._launch_rest = start_glu(
-                x, expert.w_up, expert.w_down, expert.activation, spared, self._side
+                x, expert.w_up, expert.w_down, expert.activation, spared, self._beside
             )
 
     def arrive(self) -> None:
         """After it, on the caller's stream, comes what wants the multiprocessors for itself."""
-        if self._side is not None:
-            torch.cuda.current_stream(self._x.device).wait_stream(self._side)
+        if self._beside is not None:
+            self._beside.join()
 
     def finish(self) -> None:
         """Launches what can run until the rows are home."""

@@ -1,43 +1,48 @@
 """A stream beside another, its origin, on which work can run that the origin waits for later.
 
-What the runtime allocates on it can be let go of while its origin still reads it, and is then given out for other work
-on it. torch's ``record_stream`` would put that off, but does nothing for memory that comes through DLPack, as the
-runtime's does. So all of the runtime's work on a stream beside another begins after what its origin has by then, in
-forward and in backward.
+What such work reads and writes is the origin's memory: allocated before, and kept until the origin waits. So it is let
+go of in the origin's order. torch's ``record_stream`` would not do for all of it: it does nothing for memory that comes
+through DLPack, as the runtime's does, and holds other memory back for as long as the host is ahead of the GPU. What the
+runtime allocates on the side stream is scratch, which nobody reads anywhere else.
 """
 
 from collections.abc import Callable
-from functools import cache
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 
 _T = TypeVar("_T")
 
 
-@cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each device; beside itself it is itself."""
-    return torch.cuda.Stream(device)
+@lru_cache(maxsize=256)  # streams from outside of torch may come and go
+def side_stream(origin: torch.cuda.Stream) -> torch.cuda.Stream:
+    """One for each origin: callers on two streams do not wait for each other.
 
-
-def beside(side: torch.cuda.Stream | None, function: Callable[..., _T], *tensors: torch.Tensor) -> _T:
-    """``function(*tensors)`` on a stream beside the current one, or where it is None on that itself.
-
-    Tensors of torch's own memory may be let go of at once.
+    Torch has so many streams and no more; beside itself one is itself.
     """
-    if side is None:
-        return function(*tensors)
-    side.wait_stream(torch.cuda.current_stream(side.device))
-    try:
-        with torch.cuda.stream(side):
+    return torch.cuda.Stream(origin.device)
+
+
+class Beside:
+    """What runs beside the current stream, which waits for it in ``join``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._kept: list[Any] = []
+        self.origin = torch.cuda.current_stream(device)
+        self.side = side_stream(self.origin)
+
+    def run(self, function: Callable[..., _T], *tensors: torch.Tensor) -> _T:
+        """``function(*tensors)`` on the side stream, after what the origin has by now."""
+        self._kept.append((function, tensors))
+        self.side.wait_stream(self.origin)
+        with torch.cuda.stream(self.side):
             return function(*tensors)
-    finally:
-        for tensor in tensors:
-            tensor.record_stream(side)
 
+    def join(self) -> None:
+        self.origin.wait_stream(self.side)
+        self._kept.clear()
 
-def after(origin: torch.cuda.Stream | None) -> None:
-    """For backward of what ran beside ``origin``, which autograd runs there, too: on the current stream."""
-    if origin is not None:
-        torch.cuda.current_stream(origin.device).wait_stream(origin)
+    def __del__(self) -> None:
+        if self._kept:  # an error came before join(), and now comes whoever gets the memory next
+            self.join()

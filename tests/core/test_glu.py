@@ -62,6 +62,42 @@ def test_output_and_gradients(kind, poisoned, sizes, dtype, activation):
     assert all(bits(kind, got[name]) == bits(kind, again[name]) for name in got)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_into_arrays_that_are_there(kind, dtype):
+    x, w_up, w_down, d_out = (kind.array(value, dtype) for value in block(33, 24, 16, dtype))
+    want = both_ways(x, w_up, w_down, d_out)
+    a, z, alone, output = (kind.full((33, width), np.nan, dtype) for width in (16, 32, 16, 24))
+    got = glu_up(x, w_up, out=(a, z))
+    assert got[0] is a
+    assert got[1] is z
+    assert glu_up(x, w_up, keep_z=False, out=(alone, None)) == (alone, None)
+    assert glu_down(a, w_down, out=output) is output
+    for array, name in ((a, "a"), (z, "z"), (alone, "a"), (output, "output")):
+        assert bits(kind, array) == bits(kind, want[name])
+
+
+def test_arrays_that_nothing_can_be_put_into(kind):
+    x, w_up, w_down, _ = (kind.array(value, "float32") for value in block(5, 8, 6, "float32"))
+    a, z, output = (kind.full((5, width), 0, "float32") for width in (6, 12, 8))
+    for out, options in (((a,), {}), (a, {}), ((a, None), {}), ((a, z), {"keep_z": False}), ((None, z), {})):
+        with pytest.raises(errors.ConfigError, match=r"out must be a pair \(a, (z|None)\) with keep_z="):
+            glu_up(x, w_up, out=out, **options)
+    with pytest.raises(errors.ShapeError, match=r"out\[0\] has shape \(5, 12\); expected \(5, 6\)"):
+        glu_up(x, w_up, out=(z, z))
+    with pytest.raises(errors.DTypeError, match=r"out\[1\] has dtype float64 but x has float32"):
+        glu_up(x, w_up, out=(a, kind.full((5, 12), 0, "float64")))
+    both = kind.full((5 * 12,), 0, "float32")
+    with pytest.raises(errors.LayoutError, match=r"out\[1\] overlaps out\[0\]"):
+        glu_up(x, w_up, out=(both[:30].reshape(5, 6), both.reshape(5, 12)))
+    with pytest.raises(errors.LayoutError, match=r"out\[0\] overlaps x"):
+        glu_up(x, w_up, out=(x.reshape(-1)[:30].reshape(5, 6), z))
+    with pytest.raises(errors.ShapeError, match=r"out has shape \(5, 6\); expected \(5, 8\)"):
+        glu_down(a, w_down, out=a)
+    with pytest.raises(errors.LayoutError, match="out overlaps w_down"):
+        glu_down(a, w_down, out=w_down.reshape(-1)[:40].reshape(5, 8))
+    glu_down(a, w_down, out=output)
+
+
 def test_what_is_not_wanted_is_none(kind):
     x, w_up, w_down, d_out = (kind.array(value, "float32") for value in block(5, 8, 6, "float32"))
     full = both_ways(x, w_up, w_down, d_out)

@@ -518,6 +518,32 @@ def what_cannot_work(comm):
 
 
 @case
+def second_derivatives(comm):
+    """Are refused, also where gradients come in that are constants, and whatever is asked for."""
+    for chunks in (1, 2):
+        layer = make_layer(num_shared_experts=1)
+        layer.shard_experts(MPI.COMM_WORLD, "mpi", ep_chunks=chunks)
+        x, grad, cuts = make_tokens([4] * comm.size)
+        leaf = x[cuts[comm.rank]].clone().requires_grad_()
+        inputs = (leaf, layer.gate.weight, layer.w_up, layer.w_down)
+        output, losses = layer(leaf)
+        for objective in (output.sum(), losses["aux_loss"], output.square().sum() + losses["z_loss"]):
+            want = torch.autograd.grad(objective, inputs, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(objective, inputs, create_graph=True, allow_unused=True)
+            for gradient, wanted in zip(gradients, want, strict=True):
+                torch.testing.assert_close(gradient, wanted)
+                for of in (leaf, layer.gate.weight) if gradient is not None else ():
+                    with pytest.raises(UnsupportedError, match="no second derivative"):
+                        torch.autograd.grad(gradient.sum(), of, retain_graph=True, allow_unused=True)
+        coming = grad[cuts[comm.rank]].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(output, layer.w_up, coming, create_graph=True)
+        with pytest.raises(UnsupportedError, match="no second derivative"):
+            torch.autograd.grad(gradient.sum(), coming, allow_unused=True)
+    output, _ = layer(leaf)
+    output.sum().backward()  # and nothing is left behind
+
+
+@case
 def layers_share_a_communicator(comm):
     cpu = torch.device("cpu")
     for backend in ("mpi", "torch"):

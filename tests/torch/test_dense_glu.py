@@ -1,6 +1,8 @@
 """The dense GLU block on the runtime: torch's formula and its gradients, and who gets it."""
 
 import contextlib
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ffmoe_core.config import ACTIVATIONS
 from ffmoe_core.errors import DTypeError, ShapeError, UnsupportedError
-from ffmoe_torch import MoELayer, dense_glu, shared_expert
+from ffmoe_torch import MoELayer, dense_glu, shared_expert, side_stream
 from ffmoe_torch.dense_glu import NOTHING_SPARED, serves, start_glu
 from ffmoe_torch.shared_expert import BesideExchanges, SharedExpert, on_a_side_stream
-from ffmoe_torch.side_stream import side_stream
+from ffmoe_torch.side_stream import Beside
 from tests import reference
 from tests.support import assert_close
 from tests.torch.checks import numbers, same
@@ -309,21 +311,124 @@ def test_another_module_in_its_place(device, launch):
     assert torch.equal(launch(linear, x)(), linear(x))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("launch", [on_a_side_stream, at_an_exchange])
-def test_all_work_beside_a_stream_begins_after_what_that_has(monkeypatch, launch):
-    """In backward, too: memory that was let go of may still be in use there."""
-    log = []
+# --- beside the current stream ---
 
-    def told(name, function):
+
+class Stream:
+    """Says when it waits, and what is current."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name, log):
+        self.name = name
+        self.log = log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """Of two streams where there are none."""
+    log = []
+    origin, side = Stream("origin", log), Stream("side", log)
+
+    @contextlib.contextmanager
+    def on(stream):
+        log.append(f"on {stream.name}")
+        yield
+        log.append("off")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: origin)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(side_stream, "side_stream", lambda stream: side)
+    return log
+
+
+ONE_LAUNCH = ["side waits for origin", "on side", "off"]
+JOINED = ["origin waits for side"]
+
+
+@pytest.mark.parametrize("end", [Beside.join, lambda beside: None], ids=["joined", "given up"])
+def test_memory_is_kept_until_the_origin_waits(log, end):
+    """Where an error came in between, too."""
+    beside, x, out = Beside(torch.device("cpu")), torch.ones(3), torch.empty(3)
+    kept = [weakref.ref(x), weakref.ref(out)]
+    for tensor in kept:
+        weakref.finalize(tensor(), log.append, "let go")
+
+    def fail(x, out):
+        raise ValueError("no")
+
+    function = partial(fail, out=out)
+    with contextlib.suppress(ValueError):
+        beside.run(function, x)
+    del x, out, function
+    assert all(tensor() is not None for tensor in kept)
+    end(beside)
+    del beside
+    assert log == [*ONE_LAUNCH[:2], *JOINED, "let go", "let go"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("recording", [True, False])
+def test_results_are_in_memory_from_before(log, monkeypatch, recording, whole):
+    """And the same; what autograd is to keep is handed to it when the current stream may read it."""
+    told(monkeypatch, lambda name: log.append(name))
+    new = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args: log.append("memory") or new(*args))
+
+    def call(expert, x):
+        beside = Beside(x.device)
+        finish = start_glu(x, expert.w_up, expert.w_down, expert.activation, beside=beside, whole=whole)
+        beside.join()
+        with saved_tensors_hooks(lambda tensor: log.append("kept") or tensor, lambda tensor: tensor):
+            return finish()
+
+    up = ["memory"] * (2 if recording else 1) + [*ONE_LAUNCH[:2], "glu_up", "off"]
+    down = ["memory", *ONE_LAUNCH[:2], "glu_down", "off"]
+    order = [*up, *down, *JOINED] if whole else [*up, *JOINED, "glu_down"]
+    expert, x = make("cpu", torch.float32, 3, 7)
+    with torch.set_grad_enabled(recording):
+        output = call(expert, x)
+        assert log == order + ["kept"] * (2 if recording else 0)
+        assert torch.equal(output, on_the_runtime(expert, x))
+    if recording:
+        got, want = results(call, expert, x), results(on_the_runtime, expert, x)
+        assert same([*got.values()], [*want.values()])
+
+
+def told(monkeypatch, tell):
+    """The runtime's functions tell of their calls."""
+
+    def telling(name, function):
         def call(*arguments, **options):
-            log.append((name, torch.cuda.current_stream()))
+            tell(name)
             return function(*arguments, **options)
 
         return call
 
     for name in ("glu_up", "glu_down", "glu_down_backward", "glu_up_backward"):
-        monkeypatch.setattr(dense_glu, name, told(name, getattr(dense_glu, name)))
+        monkeypatch.setattr(dense_glu, name, telling(name, getattr(dense_glu, name)))
+
+
+@pytest.mark.gpu
+def test_each_stream_has_another_beside_it():
+    side_stream.side_stream.cache_clear()  # torch's streams come round again
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    sides = [side_stream.side_stream(stream) for stream in (first, second)]
+    assert sides[0] != sides[1]
+    assert sides[0].device == first.device
+    with torch.cuda.stream(first):
+        assert Beside(first.device).side == sides[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("launch", [on_a_side_stream, at_an_exchange])
+def test_all_work_beside_a_stream_begins_after_what_that_has(monkeypatch, launch):
+    """And backward is on that: its results are memory that nobody else reads."""
+    log = []
+    told(monkeypatch, lambda name: log.append((name, torch.cuda.current_stream())))
     wait_stream = torch.cuda.Stream.wait_stream
 
     def waited(stream, other):
@@ -336,13 +441,55 @@ def test_all_work_beside_a_stream_begins_after_what_that_has(monkeypatch, launch
     with torch.cuda.stream(caller):
         launch(expert, x)().sum().backward()
     caller.synchronize()
-    side = side_stream(x.device)
+    side = side_stream.side_stream(caller)
     places = {name: at for at, (name, _) in enumerate(log) if isinstance(name, str)}
-    on_the_side = {"glu_up"} if launch is at_an_exchange else set(places)
+    on_the_side = {"glu_up"} if launch is at_an_exchange else {"glu_up", "glu_down"}
     for name, at in places.items():
         assert log[at][1] == (side if name in on_the_side else caller), name
-        assert name not in on_the_side or (side, caller) in log[max(at - 2, 0) : at], name
-    assert (caller, side) in log[: places["glu_down_backward"]]
+        assert name not in on_the_side or log[at - 1] == (side, caller), name
+    joined = log.index((caller, side))
+    assert max(places[name] for name in on_the_side) < joined < places["glu_down_backward"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("launch", [on_a_side_stream, at_an_exchange])
+@pytest.mark.parametrize("recording", [True, False])
+def test_what_outlives_a_call_is_memory_of_the_callers_stream(launch, recording):
+    """That is the only one that the allocator waits for before it gives memory back."""
+    expert, x = make("cuda", torch.bfloat16, 9)
+    caller, kept = torch.cuda.Stream(), []
+    caller.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(caller):
+        keeping = saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor)
+        with torch.set_grad_enabled(recording), keeping:
+            output = launch(expert, x)()
+        if recording:
+            kept = [
+                kept[2],
+                *torch.autograd.grad(output.sum(), (x, expert.w_up, expert.w_down)),
+            ]  # z and others
+    for tensor in (output, *kept):
+        (stream,) = {
+            segment["stream"]
+            for segment in torch.cuda.memory_snapshot()
+            if 0 <= tensor.data_ptr() - segment["address"] < segment["total_size"]
+        }
+        assert stream == caller.cuda_stream
+    caller.synchronize()
+
+
+@pytest.mark.gpu
+def test_hooks_see_what_is_kept_when_it_is_there():
+    """They run on the caller's stream."""
+    expert, x = make("cuda", torch.bfloat16, 4096)
+    results(lambda expert, x: on_a_side_stream(expert, x)(), expert, x)  # compiles
+    kept = []
+    with torch.cuda.stream(side_stream.side_stream(torch.cuda.current_stream())):
+        torch.cuda._sleep(100_000_000)
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor.clone()) or tensor, lambda tensor: tensor):
+        on_a_side_stream(expert, x)()
+    _, want = dense_glu.glu_up(x, expert.w_up)
+    assert torch.equal(kept[2], want)
 
 
 class Gated(SharedExpert):
@@ -398,24 +545,33 @@ def test_gradients_beside_the_others_add_up():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("on_the_side", [True, False])
-def test_memory_stays_until_the_other_stream_has_done_with_it(on_the_side):
-    """That of x, which nobody may hold any more; on one stream it is free for others at once."""
+@pytest.mark.parametrize("given_up", [False, True])
+def test_memory_stays_until_the_other_stream_has_done_with_it(given_up):
+    """That of x, which nobody else may hold any more; then it is free for others at once, who come after that."""
     tokens, width = 65536, 264
     x, weight = (
         torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
         for shape in ((tokens, width), (2 * width, width))
     )
-    dense_glu.glu_up(x, weight)  # compiles
-    side = side_stream(x.device) if on_the_side else None
+    with torch.no_grad():
+        want = start_glu(x, weight, weight[:width], "swiglu")()  # compiles
+    beside = Beside(x.device)
     torch.cuda.synchronize()
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(beside.side):
         torch.cuda._sleep(500_000_000)
     with torch.no_grad():
-        start_glu(x, weight, weight[:width], "swiglu", side=side)
+        finish = start_glu(x, weight, weight[:width], "swiglu", beside=beside)
     place = x.data_ptr()
     del x
-    # where so much memory, for which there is room at few places, is to be had now
-    places = {new.data_ptr() for new in [weight.new_empty(tokens, width) for _ in range(4)]}
-    assert (place in places) != on_the_side
-    torch.cuda.synchronize()
+
+    def place_is_free(tries):
+        # there is room for so much memory at few places
+        new = [weight.new_full((tokens, width), float("nan")) for _ in range(tries)]
+        return place in [tensor.data_ptr() for tensor in new]
+
+    assert not place_is_free(4)
+    if not given_up:
+        beside.join()
+    del beside
+    assert place_is_free(8)
+    assert torch.equal(finish(), want)
