@@ -148,7 +148,10 @@ def test_products_of_rows_spare_multiprocessors(kind, spared):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_rows_alone_spare_multiprocessors(kind, spared, dtype):
-    """The same bits; a few rows more or less than asked for, as a launch for a few is not worth it."""
+    """On a GPU the same bits, where BLAS may sum fewer rows in another order.
+
+    A few rows more or less than asked for, as a launch for a few is not worth it.
+    """
     T, H, J = 2100, 8, 16
     arrays = [kind.array(value, dtype) for value in block(T, H, J, dtype)]
     whole = both_ways(*arrays)
@@ -158,7 +161,9 @@ def test_the_first_rows_alone_spare_multiprocessors(kind, spared, dtype):
     assert [each[0] for each in spared] == [3, 0, 3, 0, 0, 0, 0, 3, 0]
     assert spared[0] == (3, 2, 0)
     assert spared[1] == (0, 2, 1)
-    assert all(bits(kind, whole[name]) == bits(kind, parts[name]) for name in whole)
+    for name in whole:
+        assert_close(numbers(kind, parts[name]), numbers(kind, whole[name]), dtype, name)
+        assert kind.name == "numpy" or bits(kind, whole[name]) == bits(kind, parts[name])
     for flop, count in ((a_row * 1500, 3), (a_row * T, 3), (0.0, 0)):
         spared.clear()
         glu_down(whole["a"], arrays[2], spared=3, spared_flop=flop)
