@@ -314,6 +314,20 @@ def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts
         assert same_bits(kind, (dx_alone, d_gate_alone), (dx, d_gate))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("num_experts", [40, 136])
+@pytest.mark.parametrize("num_tokens", [8257, 16385, 24500, 40000])
+def test_logits_of_many_tokens(kind, num_tokens, num_experts, dtype):
+    """On Hopper a tile is one, two or three warpgroups high, and a block has several."""
+    rng = np.random.default_rng(0)
+    x, gate = (rounded(rng.standard_normal((rows, 200)), dtype) for rows in (num_tokens, num_experts))
+    logits = kind.full((num_tokens, num_experts), np.nan, "float32")
+    call_stage(kind, "gate_logits", kind.array(x, dtype), kind.array(gate, dtype), logits)
+    want = x @ gate.T
+    wrong = np.linalg.norm(numbers(kind, logits) - want, axis=1)
+    assert (wrong < 1e-6 * np.linalg.norm(want, axis=1)).all()
+
+
 @pytest.mark.parametrize("float32_gate", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ inline bool chance(unsigned percent) { return random_numbers() % 100 < percent; 
 
 inline unsigned long progress = 0;  // counts whatever may let a waiting thread go on
 [[noreturn]] void stop(const char* why);
+void wait_for_change(const unsigned long& counter);
 
 // --- what threads wait for ---
 
@@ -94,10 +95,10 @@ struct Meeting {
         ++round;
         ++progress;
     }
-    template <class Wait> void join(unsigned threads, Wait wait) {
+    void join(unsigned threads) {
         const unsigned long mine = round;
         arrive(threads);
-        while (round == mine) wait();
+        while (round == mine) wait_for_change(round);
     }
 };
 
@@ -176,7 +177,11 @@ struct Thread {
     unsigned index;
     Block* block;
     bool started = false, ended = false;
+    const unsigned long* watched = nullptr;  // while it is as it was seen, the thread has nothing to do
+    unsigned long seen = 0;
     jmp_buf state;
+
+    bool waits() const { return watched != nullptr && *watched == seen; }
     std::deque<Copy> copies;
     unsigned long copy_group = 0;
     std::vector<Store> stores;
@@ -210,6 +215,13 @@ inline unsigned char* shared(uint32_t address) { return block().shared + address
 inline void yield() {
     if (_setjmp(self->state) == 0) _longjmp(scheduler, 1);
 }
+// Lets them go on until the counter is another.
+inline void wait_for_change(const unsigned long& counter) {
+    self->watched = &counter;
+    self->seen = counter;
+    yield();
+    self->watched = nullptr;
+}
 
 [[noreturn]] inline void stop(const char* why) {
     fprintf(stderr, "%s (block %u, thread %u)\n", why, blockIdx.x, threadIdx.x);
@@ -233,7 +245,7 @@ inline const uint64_t* exchange(uint64_t value) {
     Warp& w = warp();
     uint64_t* values = w.values[w.meeting.round % 2];
     values[lane()] = value;
-    w.meeting.join(WARP, yield);
+    w.meeting.join(WARP);
     return values;
 }
 
@@ -335,7 +347,7 @@ inline void run_all() {
             }
             if (chance(3)) w.rest = chance(5) ? 400 : random_numbers() % 20;
             for (unsigned i = 0; i < WARP; ++i)
-                if (!first[i].ended) {
+                if (!first[i].ended && !first[i].waits()) {
                     resume(first[i]);
                     left -= first[i].ended;
                 }
@@ -391,7 +403,7 @@ template <class T> T value_of(uint64_t bits) {
 
 // --- what CUDA's C++ has built in ---
 
-inline void __syncthreads() { machine::block().meetings[0].join(blockDim.x, machine::yield); }
+inline void __syncthreads() { machine::block().meetings[0].join(blockDim.x); }
 inline void __syncwarp() { machine::exchange(0); }
 template <class T> T __shfl_xor_sync(unsigned, T value, unsigned distance) {
     return machine::value_of<T>(machine::exchange(machine::bits_of(value))[machine::lane() ^ distance]);

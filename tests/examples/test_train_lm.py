@@ -1,5 +1,6 @@
 """examples/train_lm.py, run as a user runs it: a model of a few thousand weights, for a few steps."""
 
+import json
 import os
 import re
 import shlex
@@ -7,7 +8,6 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -164,6 +164,22 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_bits(whole, texts, tmp_path):
     assert same(resumed, straight)
 
 
+# Runs it once for each list of arguments, as importing torch takes longer than any of these.
+ONE_BY_ONE = """
+import contextlib, io, json, runpy, sys
+program, *runs = json.load(sys.stdin)
+ended = []
+for arguments in runs:
+    sys.argv = [program, *arguments]
+    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(errors):
+        try:
+            runpy.run_path(program, run_name="__main__")
+        except SystemExit as end:
+            ended.append((end.code, errors.getvalue()))
+print(json.dumps(ended))
+"""
+
+
 def test_errors_are_readable(whole, tmp_path):
     folder, _ = whole
     again = "--resume", "--device", "cpu"
@@ -188,9 +204,20 @@ def test_errors_are_readable(whole, tmp_path):
         ("it holds a tensor", tmp_path / "tensor", *again),
         ("it has no text_digest", tmp_path / "keys", *again),
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outputs = list(pool.map(lambda case: train(*case[1:], code=2), cases))
-    for (message, *_), output in zip(cases, outputs, strict=True):
+    program = ROOT / "examples" / "train_lm.py"
+    runs = [str(program), *(command(*case[1:])[2:] for case in cases)]
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_BY_ONE],
+        cwd=program.parent,
+        env=environment(),
+        input=json.dumps(runs),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for (message, *_), (code, output) in zip(cases, json.loads(done.stdout), strict=True):
+        assert code == 2, output
         assert message in output.lower(), output
 
 

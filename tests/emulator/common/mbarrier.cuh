@@ -36,5 +36,5 @@ inline void send(uint32 block, uint32 to, int word, uint32 barrier) {
 // As the hardware's, a wait that comes a phase too late sees that of a later phase.
 inline void wait(uint32 barrier, uint32 parity) {
     const machine::Barrier& waited = machine::block().barrier(barrier);
-    while (waited.phase % 2 == parity) machine::yield();
+    while (waited.phase % 2 == parity) machine::wait_for_change(waited.phase);
 }

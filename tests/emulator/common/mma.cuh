@@ -46,11 +46,15 @@ inline void multiply_add(float (&acc)[4], const uint32 (&a)[4], uint32 b0, uint3
         return widen(X{uint16(lanes[line % 8 * 4 + k % 8 / 2] >> 16 * (k % 2))});
     };
     const int lane = machine::lane();
+    double rows[2][16], columns[2][16];
+    for (int i = 0; i < 2; ++i)
+        for (int k = 0; k < 16; ++k) {
+            rows[i][k] = number(left[i + k / 8 * 2], lane / 4, k);
+            columns[i][k] = number(right[k / 8], lane % 4 * 2 + i, k);
+        }
     for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         double sum = acc[i];
-        for (int k = 0; k < 16; ++k)
-            sum += double(number(left[row / 8 + k / 8 * 2], row, k)) * number(right[k / 8], column, k);
+        for (int k = 0; k < 16; ++k) sum += rows[i / 2][k] * columns[i % 2][k];
         acc[i] = toward_zero(sum);
     }
 }

@@ -20,7 +20,7 @@ template <int pending> void wait_for_products() {
     if (groups.size() <= pending) return;
     const unsigned long wanted = groups[groups.size() - 1 - pending];
     machine::Warpgroup& warpgroup = machine::block().warpgroups[machine::self->index / WARPGROUP];
-    while (warpgroup.done < wanted) machine::yield();
+    while (warpgroup.done < wanted) machine::wait_for_change(warpgroup.done);
 }
 template <int N> void keep_in_order(float (&)[N / 8][4]) {}
 
@@ -40,7 +40,7 @@ void read_operand(const unsigned char* shared, uint64 operand, float (&out)[16][
 }
 
 template <class X, bool TILE_MAJOR_A, bool TILE_MAJOR_B, int N> struct Multiply {
-    static void run_all(const unsigned char* shared, machine::Product& product) {
+    [[gnu::optimize("O3")]] static void run_all(const unsigned char* shared, machine::Product& product) {
         static float a[16][64], b[16][N], sums[64][N];
         read_operand<X, TILE_MAJOR_A>(shared, product.a, a);
         read_operand<X, TILE_MAJOR_B>(shared, product.b, b);
