@@ -38,7 +38,7 @@ HEAD_WIDTH = 32
 PROMPT_BYTES, SAMPLE_BYTES = 64, 256
 INTERRUPTED = 130  # what a shell expects of a program ended by Ctrl-C
 
-# What three minutes are enough for: on two CPU cores, and on a data centre's GPU.
+# What a few minutes are enough for: on two CPU cores, and on a data centre's GPU.
 SMALL = TrainConfig(
     ModelConfig(width=128, layers=4, heads=4, context=128, experts=8, top_k=2, hidden=128, dense=False),
     steps=1300, batch=6, learning_rate=1e-3, seed=0, text=[],

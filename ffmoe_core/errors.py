@@ -38,7 +38,7 @@ class CapacityError(FFMoEError, RuntimeError):
 
 
 class NonFiniteError(FFMoEError, ValueError):
-    """Checked mode (``FFMOE_CHECK=1``) found NaN or infinity in the gate's input."""
+    """Checked mode (``FFMOE_CHECK=1``) found NaN or infinity in the router's logits."""
 
 
 class MissingDependencyError(FFMoEError, ImportError):

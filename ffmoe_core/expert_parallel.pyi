@@ -93,10 +93,10 @@ class ExpertParallel:
     layer : a name for error messages.
     loss_scope : "group": the losses and the balance are of all ranks' tokens, the same on every rank.
         "local": of this rank's tokens.
-    ep_chunks : into so many runs of about the same length each rank's tokens are cut. While one is at the experts,
-        the next crosses. ``run_experts`` then sends its rows home itself, chunk by chunk, so that ``combine`` takes
-        what it returned and nothing else, and so does ``dispatch_backward`` of ``run_experts_backward``. Sums are the
-        same; an expert's rows stand in another order, chunk by chunk.
+    ep_chunks : chunks of about the same length that each rank's tokens are cut into. While one is at the experts,
+        the next crosses. ``run_experts`` then sends rows home itself, chunk by chunk, so that ``combine`` accepts only
+        what it returned, and ``dispatch_backward`` only what ``run_experts_backward`` returned. Sums are the same; an
+        expert's rows stand in another order, chunk by chunk.
     agree_on : further settings, by name, that must be the same on every rank.
 
     ``experts`` is the range of this rank's experts. Tokens are dropped where they come from: a capacity bounds

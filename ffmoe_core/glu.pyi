@@ -19,9 +19,9 @@ def glu_up(
     a comes from the unrounded z. ``out``: arrays for both, (a, z), which are returned; z None with ``keep_z=False``.
     Nothing waits for the device.
 
-    ``spared``: multiprocessors of a Hopper GPU that the product leaves to other work, such as an exchange between
-    GPUs, for its first ``spared_flop`` floating-point operations: that many it can do until the other work is over.
-    The rest is launched by itself, and takes all of them. Other devices have no use for it.
+    ``spared``: multiprocessors of a Hopper GPU left to other work, such as an exchange between GPUs, during the first
+    ``spared_flop`` floating-point operations, an estimate of what fits until that work is done. The rest is a second
+    launch that takes all multiprocessors. Other devices ignore it.
 
     Raises ShapeError, DTypeError, DeviceError, LayoutError for arrays that do not fit, ConfigError for an unknown
     activation, an ``out`` that is no such pair, and a ``spared`` or ``spared_flop`` out of range, OutOfMemoryError, and
@@ -47,8 +47,7 @@ def glu_down_backward(
     """Gradients of ``glu_down(a, w_down)`` for the z that a is made of: (dz [T, 2J], dw_down [H, J]).
 
     grad_output [T, H]; z [T, 2J] as ``glu_up`` gave it, w_down [H, J], both of grad_output's dtype, and so are the
-    results. a is computed again from z. dw_down is None with ``weight_grad=False``; its product spares none, and makes
-    do with the multiprocessors that it finds.
+    results. a is computed again from z. dw_down is None with ``weight_grad=False``; its product ignores ``spared``.
 
     See ``glu_up`` for the rest.
     """

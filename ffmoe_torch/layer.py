@@ -50,14 +50,15 @@ class MoELayer(nn.Module):
     gating : "softmax" or "sigmoid".
     num_shared_experts : S experts that every token visits: one GLU block of intermediate width S*I, run
         beside the routed ones on a GPU, in forward.
-    latent_dim : width L of the tokens between ranks; the experts see ``proj_up(proj_down(x))``, and what
-        they answer passes the same way. The gate reads x itself. None is off.
+    latent_dim : width L of a bottleneck, which is what crosses between ranks; the experts see
+        ``proj_up(proj_down(x))``, of width H, and their output passes the same two projections. The gate reads
+        x itself. None is off.
     capacity_factor : an expert takes at most ceil(capacity_factor*T*K/E) rows of a call; None is dropless.
     max_tokens_per_expert : a hard bound on an expert's rows; None is no bound.
     allow_dropped_tokens : False turns an overflow of either bound into a CapacityError (which waits for the
         device to know).
     aux_loss_coeff, z_loss_coeff : coefficients of the load-balance loss and the router z-loss.
-    recompute_activations : keep nothing of the experts' inside for backward, compute it again there. Same
+    recompute_activations : keep nothing inside the experts for backward, compute it again there. Same
         bits, less memory, more time.
     norm_topk_prob : False keeps the selected scores as they are, True makes them sum to 1.
     routed_scaling_factor : multiplies the routed weights.
