@@ -212,8 +212,8 @@ class ExpertParallel:
     def start_combine(self, rows: Any, dispatched: Dispatched) -> Combining:
         """Sends rows [N, W] home."""
 
-    def finish_combine(self, combining: Combining, dispatched: Dispatched) -> Any:
-        """[T, W], as ``combine``."""
+    def finish_combine(self, combining: Combining, dispatched: Dispatched, *, added: Any = None) -> Any:
+        """[T, W], as ``combine``, plus ``added`` [T, W] of the rows' dtype, such as a shared expert's output."""
 
     def start_combine_backward(self, grad_output: Any, dispatched: Dispatched) -> Combining:
         """Sends the gradients [T, W] to where the rows came from."""

@@ -236,9 +236,9 @@ class ExpertParallel:
         with aborting(self.comm):
             return _start_combine(self, rows, dispatched)
 
-    def finish_combine(self, combining, dispatched):
+    def finish_combine(self, combining, dispatched, *, added=None):
         with aborting(self.comm):
-            return _finish_combine(self, combining, dispatched)
+            return _finish_combine(self, combining, dispatched, added)
 
     def combine_backward(self, grad_output, dispatched):
         return self.finish_combine_backward(self.start_combine_backward(grad_output, dispatched))
@@ -942,12 +942,17 @@ def _start_combine(layer, rows, dispatched):
     return Combining(space.export(returned), rows, transfers)
 
 
-def _finish_combine(layer, combining, dispatched):
+def _finish_combine(layer, combining, dispatched, added):
     cdef Array returned = view(combining.packed, "combining.packed")
     sizes = dispatched.sizes
     check_shape(returned, "combining.packed", "[num_sent, width]", sum(sizes.sent), -1)
     cdef _Plans plans = layer._plans
     cdef RoutingParts sending = plans.sending(dispatched, router_dtype(returned))
+    cdef Array own = None
+    if added is not None:
+        own = view(added, "added")
+        check_shape(own, "added", "[T, width]", sizes.tokens, returned.dims[1])
+        check_like(own, "added", returned, "combining.packed")
     cdef Space space = space_of(combining.packed, returned)
     backend = backend_for(space)
     # The group's losses come last, as nothing waits for them: their sums cross while the tokens are summed.
@@ -966,7 +971,7 @@ def _finish_combine(layer, combining, dispatched):
     for transfer in combining.transfers:
         transfer.wait()
     cdef Array output = space.empty((sizes.tokens, returned.dims[1]), returned.dtype)
-    backend.combine(space, returned, sending.token_rows, None, output)
+    backend.combine(space, returned, sending.token_rows, None, output, own)
     if sums is not None:
         summing.wait()
         backend.router_losses(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ffmoe_core import glu_down, glu_down_backward, glu_up, glu_up_backward
+from ffmoe_core.errors import OutOfMemoryError
 
 from .functional import as_tokens, autocast_all, no_second_derivative, nothing_between
 from .side_stream import Beside
@@ -87,7 +88,7 @@ def _up(
     function: Callable[..., Any] = partial(glu_up, activation=activation, keep_z=keep_z, **_options(spared))
     if beside is not None:
         rows, columns = len(x), len(w_up)
-        out = x.new_empty(rows, columns // 2), x.new_empty(rows, columns) if keep_z else None
+        out = _room(x, rows, columns // 2), _room(x, rows, columns) if keep_z else None
         function = partial(beside.run, partial(function, out=out))
     found: tuple[Tensor, Tensor | None] = function(x, w_up)
     return found
@@ -98,16 +99,25 @@ def _start_down(beside: Beside | None, a: Tensor, w_down: Tensor, spared: Spared
     function = partial(glu_down, **_options(spared))
     if beside is None:
         return partial(function, a, w_down)
-    output = beside.run(partial(function, out=a.new_empty(len(a), len(w_down))), a, w_down)
+    output = beside.run(partial(function, out=_room(a, len(a), len(w_down))), a, w_down)
     return lambda: output
+
+
+def _room(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Memory of the current stream, as the runtime would have of it: with its error where there is none."""
+    try:
+        return like.new_empty(rows, columns)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(str(error)) from error
 
 
 class _Up(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w_up: Tensor, activation: str, spared: Spared, beside: Beside | None
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         a, z = _up(beside, x, w_up, activation, spared, keep_z=True)
+        assert z is not None
         ctx.save_for_backward(x, w_up)
         ctx.mark_non_differentiable(a)  # its gradient is part of z's
         ctx.set_materialize_grads(False)

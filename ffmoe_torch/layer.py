@@ -49,7 +49,7 @@ class MoELayer(nn.Module):
     activation : "swiglu", "geglu" (tanh approximation) or "relu_squared" (relu(gate)^2 * up).
     gating : "softmax" or "sigmoid".
     num_shared_experts : S experts that every token visits: one GLU block of intermediate width S*I, run
-        beside the routed ones on a GPU, in forward.
+        beside the routed ones on a GPU, in forward (in training in 16 bits).
     latent_dim : width L of a bottleneck, which is what crosses between ranks; the experts see
         ``proj_up(proj_down(x))``, of width H, and their output passes the same two projections. The gate reads
         x itself. None is off.
@@ -241,7 +241,6 @@ class MoELayer(nn.Module):
             shared = on_a_side_stream(expert, tokens)
         elif expert is not None:
             beside = BesideExchanges(expert, tokens)
-            shared = beside.join
         router_input = None
         if self.jitter and self.training:
             noise = torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)

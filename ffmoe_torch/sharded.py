@@ -86,9 +86,9 @@ class ShardedExperts:
         weight_sums: Mapping[str, Tensor],
         beside: BesideExchanges | None,
     ) -> ShardedOutput:
-        """The routed experts' output for tokens [T, H]. With projections, what crosses is as narrow as they are.
+        """The routed experts' output for tokens [T, H], plus that of ``beside``.
 
-        ``weight_sums`` as for ``routed_experts``. ``beside`` is launched up to ``join``, which is left to the caller.
+        With projections, what crosses is as narrow as they are. ``weight_sums`` as for ``routed_experts``.
         """
         wire = tokens
         self.telling(_refuse_transforms, tokens, router_input, gate_weight, w_up, w_down)
@@ -110,10 +110,16 @@ class ShardedExperts:
         # Backward comes to what is between them when the second has started an exchange, and before the first waits.
         returned = _StartCombine.apply(call, rows)
         self.telling(call.finish_beside)
-        output = _FinishCombine.apply(call, returned)
+        # In the sum over a token's ranks, where it is no pass over memory of its own.
+        added = None if beside is None or proj_up is not None else beside.output
+        if added is not None:
+            added = added.contiguous() if added.dtype == returned.dtype else None
+        output = _FinishCombine.apply(call, returned, added)
         dispatched = call.take()
         if proj_up is not None:
             output = self.telling(proj_up, output)
+        if beside is not None and added is None:
+            output = output + self.telling(beside.join)
         balance = dispatched.routing if dispatched.balance is None else dispatched.balance.view(torch.uint8)
         return ShardedOutput(output, losses, dispatched.routing, balance)
 
@@ -371,18 +377,21 @@ class _StartCombine(torch.autograd.Function):
 
 class _FinishCombine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, returned: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _Call, returned: Tensor, added: Tensor | None) -> Tensor:
         assert call.dispatched is not None
         ctx.call = call
         ctx.save_for_backward(call.dispatched.sending)
-        return call.expert_parallel.finish_combine(call.take_combining(), call.dispatched)
+        return call.expert_parallel.finish_combine(call.take_combining(), call.dispatched, added=added)
 
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, saved: tuple[Any, ...], *grads: Tensor) -> _Gradients:
+        d_added = grads[0] if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[1]:
+            return None, None, d_added
         call: _Call = ctx.call
         call.start_backward()
         (sending,) = saved
         dispatched = call.dispatched_again(sending=sending)
         call.combining = call.expert_parallel.start_combine_backward(grads[0].contiguous(), dispatched)
-        return None, call.combining.packed
+        return None, call.combining.packed, d_added

@@ -67,12 +67,16 @@ def on_a_side_stream(expert: nn.Module, x: Tensor) -> Join:
     """Launches the expert beside what the caller launches until ``output = join()``.
 
     ``join`` computes it on a CPU, in a compiled graph, which orders its work itself, and where it is another module
-    than ours, or hooks are to see its call.
+    than ours, or hooks are to see its call. So it does in training where the products are torch's: autograd would run
+    their backward on the side stream, too, and let go of what it reads while the origin is at other work.
     """
     if not x.is_cuda or torch.compiler.is_compiling() or not _is_ours(expert):
         return lambda: expert(x)
+    on_the_runtime = serves(x, expert.w_up, expert.w_down)
+    if not on_the_runtime and torch.is_grad_enabled():
+        return lambda: expert(x)
     beside = Beside(x.device)
-    if serves(x, expert.w_up, expert.w_down):
+    if on_the_runtime:
         finish = start_glu(x, expert.w_up, expert.w_down, expert.activation, beside=beside, whole=True)
     else:
         finish = _start_module(beside, expert, x)
@@ -85,9 +89,8 @@ def on_a_side_stream(expert: nn.Module, x: Tensor) -> Join:
 
 
 def _start_module(beside: Beside, module: nn.Module, x: Tensor) -> Join:
-    """A call of torch's operations: their memory is the side stream's, where autograd runs backward, too."""
+    """A call of torch's operations, whose memory is the side stream's."""
     output: Tensor = beside.run(module, x)
-    x.record_stream(beside.side)  # backward may be the last to read it
     output.record_stream(beside.origin)
     return lambda: output
 
@@ -100,11 +103,12 @@ class BesideExchanges:
     where the expert's products are not the runtime's, or hooks are to see its call. On a CPU ``join`` computes it.
     """
 
+    output: Tensor | None = None  # once all of it has been launched
+
     def __init__(self, expert: nn.Module, x: Tensor) -> None:
         self._expert = expert
         self._x = x
         self._launch_rest: Callable[[], Tensor] | None = None
-        self._output: Tensor | None = None
         self._beside: Beside | None = None
 
     def start(self, spared: Spared) -> None:
@@ -127,10 +131,10 @@ class BesideExchanges:
     def finish(self) -> None:
         """Launches what can run until the rows are home."""
         if self._launch_rest is not None:
-            self._output = self._launch_rest()
+            self.output = self._launch_rest()
 
     def join(self) -> Tensor:
-        output: Tensor = self._expert(self._x) if self._output is None else self._output
+        output: Tensor = self._expert(self._x) if self.output is None else self.output
         return output
 
 

@@ -3,7 +3,8 @@
 What such work reads and writes is the origin's memory: allocated before, and kept until the origin waits. So it is let
 go of in the origin's order. torch's ``record_stream`` would not do for all of it: it does nothing for memory that comes
 through DLPack, as the runtime's does, and holds other memory back for as long as the host is ahead of the GPU. What the
-runtime allocates on the side stream is scratch, which nobody reads anywhere else.
+runtime allocates on the side stream is scratch, which nobody reads anywhere else; the output of torch's operations is
+torch's memory, which ``record_stream`` does for.
 """
 
 from collections.abc import Callable

@@ -60,10 +60,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) permute(
 
 #else
 
-// out[t] = sum over k, ascending, of weights[t, k] * rows[token_rows[t, k]]; a slot that names no row adds
-// nothing. weights may be NULL: ones.
+// out[t] = added[t] + sum over k, ascending, of weights[t, k] * rows[token_rows[t, k]]; a slot that names no row adds
+// nothing. weights may be NULL: ones; and added: zeros.
 extern "C" __global__ void __launch_bounds__(THREADS) combine(
-    const X* rows, const int* token_rows, const W* weights, X* out, int64 num_tokens, int64 num_rows,
+    const X* rows, const int* token_rows, const W* weights, const X* added, X* out, int64 num_tokens, int64 num_rows,
     int top_k, int columns, int log_lanes, uint32 segments
 ) {
     after_earlier_kernels();
@@ -72,6 +72,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine(
     if (at.row >= num_tokens || at.column >= columns) return;
     const int64 slot = at.row * top_k;
     W sums[SUMS][WIDTH] = {};
+    if (added != nullptr) {
+#pragma unroll
+        for (int s = 0; s < SUMS; s++) {
+            const int column = at.column + (s << log_lanes);
+            if (s > 0 && column >= columns) continue;
+            const Columns own = load_vector<X, WIDTH>(added + (at.row * columns + column) * WIDTH);
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) sums[s][j] = widen(own.at[j]);
+        }
+    }
     for (int first = 0; first < top_k; first += STEP) {
         W weight[STEP];
         Columns values[STEP][SUMS];

@@ -501,7 +501,7 @@ extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward
     const int num_experts = router.num_experts, top_k = router.top_k;
     const W scale = W(router.scale);
 
-    int rows = 0;
+    double rows = 0;  // of all ranks: more than an int holds
     int counts[N];
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -509,7 +509,7 @@ extern "C" __global__ void __launch_bounds__(32 * BACKWARD_WARPS) route_backward
         counts[i] = e < num_experts ? tokens_per_expert[e] : 0;
         rows += counts[i];
     }
-    const double valid = double(warp_sum(rows)) / top_k;
+    const double valid = warp_sum(rows) / top_k;
     double aux_grad = 0, z_grad = 0;
     if (grad_losses != nullptr && valid > 0) {
         // a loss without a coefficient has no gradient, whatever it is multiplied by

@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) chosen_terms(
     int num_parts, int part_rows
 ) {
     after_earlier_kernels();
-    __shared__ float matrix[THREADS * WIDTH];
+    __shared__ __align__(16) float matrix[THREADS * WIDTH];
     const int pieces = columns / WIDTH, rows = THREADS / pieces;
     const int64 first = blockIdx.x * int64(rows);
     note_offsets(offsets, num_rows, num_parts, part_rows);

@@ -178,6 +178,7 @@ def permute(Space space, Array x, Array row_token, Array expert_offsets, Array o
 cdef struct Combine:
     const char* rows
     const int32_t* token_rows
+    const char* added  # or NULL
     char* out
     int64_t num_rows
     int64_t top_k
@@ -194,7 +195,10 @@ cdef void combine_token(const Combine* job, int64_t token, const real* weights) 
     cdef const char* source
     while column < job.hidden:
         columns = min(<int64_t>COMBINE_COLUMNS, job.hidden - column)
-        memset(sums, 0, columns * sizeof(real))
+        if job.added == NULL:
+            memset(sums, 0, columns * sizeof(real))
+        else:
+            load(job.dtype, columns, job.added + (token * job.hidden + column) * job.itemsize, sums)
         for k in range(job.top_k):
             if not 0 <= indices[k] < job.num_rows:
                 continue
@@ -207,10 +211,13 @@ cdef void combine_token(const Combine* job, int64_t token, const real* weights) 
         column += columns
 
 
-def combine(Space space, Array rows, Array token_rows, Array weights, Array out):
+def combine(Space space, Array rows, Array token_rows, Array weights, Array out, Array added=None):
     cdef Combine job
     job.rows = rows.data
     job.token_rows = <const int32_t*>token_rows.data
+    job.added = NULL
+    if added is not None:
+        job.added = added.data
     job.out = out.data
     job.num_rows = rows.dims[0]
     job.top_k = token_rows.dims[1]

@@ -97,10 +97,13 @@ cdef struct Spread:
     unsigned int blocks
 
 
-cdef Spread _spread(Array source, Array target, int64_t num_rows, int vectors_per_thread) noexcept:
+cdef Spread _spread(
+    Array source, Array target, int64_t num_rows, int vectors_per_thread, const char* also=NULL
+) noexcept:
     cdef Spread out
     cdef int64_t width = source.dims[1], in_vector = VECTOR_BYTES // itemsize(source.dtype), per_segment
-    out.wide = width % in_vector == 0 and not (<uintptr_t>source.data | <uintptr_t>target.data) % VECTOR_BYTES
+    cdef uintptr_t addresses = <uintptr_t>source.data | <uintptr_t>target.data | <uintptr_t>also
+    out.wide = width % in_vector == 0 and not addresses % VECTOR_BYTES
     out.vectors = <int32_t>(width // in_vector if out.wide else width)
     out.log_lanes = 0
     while out.log_lanes < 5 and (1 << out.log_lanes) < out.vectors:
@@ -126,16 +129,17 @@ def permute(Space space, Array x, Array row_token, Array expert_offsets, Array o
     )
 
 
-def combine(Space space, Array rows, Array token_rows, Array weights, Array out):
+def combine(Space space, Array rows, Array token_rows, Array weights, Array out, Array added=None):
     cdef int64_t num_tokens = out.dims[0], num_rows = rows.dims[0]
     if num_tokens == 0:
         return
     cdef int32_t top_k = <int32_t>token_rows.dims[1]
     cdef int sums = 1 if top_k > 4 else 2 if top_k > 2 else 4  # so that eight vectors are on their way to a thread
-    cdef Spread spread = _spread(rows, out, num_tokens, sums)
     cdef char* w = weights.data if weights is not None else NULL
-    cdef Parameter[10] params = [
-        &rows.data, &token_rows.data, &w, &out.data, &num_tokens, &num_rows, &top_k,
+    cdef char* first = added.data if added is not None else NULL
+    cdef Spread spread = _spread(rows, out, num_tokens, sums, first)
+    cdef Parameter[11] params = [
+        &rows.data, &token_rows.data, &w, &first, &out.data, &num_tokens, &num_rows, &top_k,
         &spread.vectors, &spread.log_lanes, &spread.segments,
     ]
     kernel("permute.cu", "combine", _SUM_DEFINES[sums][rows.dtype][spread.wide], space.device_id, 0).launch(

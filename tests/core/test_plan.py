@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ffmoe_core import RoutingPlan, combine, make_plan, permute, routing_layout, unpack_routing
 from tests import reference
-from tests.core.checks import check_plan
+from tests.core.checks import call_stage, check_plan
 from tests.support import DTYPES, numbers, rounded, router_dtype
 
 
@@ -138,6 +138,21 @@ def test_combine_sums_exactly(kind, case, dtype, weighted, given_out, seed):
     assert (got is out) if given_out else kind.is_kind(got)
     want = reference.combine(rows, numbers(kind, plan.token_rows), topk_weights if weighted else None)
     assert numbers(kind, got).tolist() == rounded(want, dtype).tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("top_k", "width"), [(1, 24), (2, 13), (3, 600), (8, 40), (1, 1)])
+def test_combine_adds_to_what_is_given(kind, dtype, top_k, width):
+    """Rounded once, with it."""
+    rng = np.random.default_rng(top_k)
+    rows, added = (rng.integers(-200, 201, (count, width)).astype(float) / 8 for count in (9, 7))
+    token_rows = rng.integers(-1, 9, (7, top_k))
+    token_rows[3] = -1
+    want = added + np.where((token_rows >= 0)[:, :, None], rows[token_rows], 0).sum(axis=1)
+    out = kind.full((7, width), np.nan, dtype)
+    given = [kind.array(rows, dtype), kind.array(token_rows, "int32"), None, out, kind.array(added, dtype)]
+    call_stage(kind, "combine", *given)
+    assert numbers(kind, out).tolist() == rounded(want, dtype).tolist()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -515,6 +515,33 @@ def test_gradient_of_many_logits(
     assert_close(got, want, dtype, "gradient of the logits")
 
 
+def test_gradient_of_a_loss_over_more_rows_than_an_int_holds(kind):
+    """As of many ranks, whose rows tokens_per_expert counts."""
+    T, E, K, grad = 3, 5, 2, 1e9
+    config = MoEConfig(d_model=1, ffn_dim=2, num_experts=E, top_k=K, aux_loss_coeff=1.0)
+    logits = np.random.default_rng(0).standard_normal((T, E))
+    counts = np.array([2**30, 2**30, 2**29, 2**30, 2**31 - 2])
+    d_logits = kind.full((T, E), np.nan, "float64")
+    call_stage(
+        kind,
+        "route_backward",
+        config,
+        kind.array(logits, "float64"),
+        kind.array(np.tile([1, 3], (T, 1)), "int32"),
+        kind.full((T, K), 0.5, "float64"),
+        kind.array(counts, "int32"),
+        kind.full((T, K), -1, "int32"),
+        kind.full((1, 1), np.nan, "float64"),
+        kind.array([grad, 0, 0], "float64"),
+        d_logits,
+    )
+    valid = counts.sum() / K
+    q = np.array([reference.softmax(row) for row in logits])
+    d_q = grad * E / valid * counts / valid
+    want = q * (d_q - (q @ d_q)[:, None])
+    assert_close(numbers(kind, d_logits), want, "float64", "gradient of the logits")
+
+
 def test_no_valid_token_is_no_loss(kind):
     config = MoEConfig(d_model=1, ffn_dim=2, num_experts=4, top_k=2, aux_loss_coeff=1.0, z_loss_coeff=1.0)
     for logits in (np.ones((3, 4)), np.ones((0, 4))):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ffmoe_torch.layer
+from ffmoe_core import ExpertParallel
 from ffmoe_core.backend import STAGES
 from ffmoe_core.comm.local import LocalCommunicator
 from ffmoe_core.cpu.backend import CpuBackend
@@ -98,6 +99,30 @@ class OnTheRuntime(BesideExchanges):
     def start(self, spared):
         expert = self._expert
         self._launch_rest = start_glu(self._x, expert.w_up, expert.w_down, expert.activation, spared)
+
+
+def test_the_tokens_sums_take_in_what_the_shared_expert_has_given(monkeypatch):
+    """In the same pass over memory; and its gradient is the output's."""
+    layer = sharded_layer([], monkeypatch, OnTheRuntime)
+    layer.requires_grad_(False)
+    x = torch.randn(6, 8)
+    added = []
+    finish_combine = ExpertParallel.finish_combine
+
+    def watched(*arguments, **options):
+        added.append(options["added"])
+        return finish_combine(*arguments, **options)
+
+    monkeypatch.setattr(ExpertParallel, "finish_combine", watched)
+    monkeypatch.setattr(OnTheRuntime, "join", None)
+    expert = layer.shared_expert.requires_grad_(True)
+    output, _ = layer(x)
+    torch.testing.assert_close(added[0], expert(x))
+    layer.shared_expert.w_down.grad = None
+    grad = torch.randn_like(output)
+    got = torch.autograd.grad(output, list(expert.parameters()), grad)
+    want = torch.autograd.grad(expert(x), list(expert.parameters()), grad)
+    torch.testing.assert_close(got, want)
 
 
 def test_in_backward_the_shared_expert_comes_after_the_exchange_that_it_runs_beside(monkeypatch):
