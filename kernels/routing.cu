@@ -1,5 +1,5 @@
 // The router: scores, the choice of experts, weights, and each block's counts and losses in one kernel; their
-// sums, and the plan, in another, or in the same where one block is enough. And its gradient.
+// sums, and the plan, in another. Of few tokens, and without losses, all in one. And its gradient.
 //
 // One warp takes a token, and its lane i the experts i, i + 32, i + 64, ...; what concerns chosen experts alone, it
 // does for as many tokens at once as have room in its lanes.
@@ -225,6 +225,44 @@ __device__ __forceinline__ void keep_best_groups(const Router& router, Key (&key
     }
 }
 
+// Its experts in order of preference, as keys; q: the softmax of its logits l.
+__device__ __forceinline__ void rank_experts(
+    const Router& router, const W (&l)[N], const W (&q)[N], const float* expert_bias, Key (&keys)[N]
+) {
+    const int lane = threadIdx.x & 31;
+    const bool by_logit = expert_bias == nullptr && router.num_groups == 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int e = lane + 32 * i;
+        if (e >= router.num_experts) {
+            keys[i] = 0;
+        } else if (by_logit) {
+            keys[i] = order_key(l[i]);
+        } else {
+            const W score = router.sigmoid ? sigmoid(l[i]) : q[i];
+            keys[i] = order_key(score + (expert_bias != nullptr ? W(expert_bias[e]) : W(0)));
+        }
+    }
+    if (router.num_groups > 0) keep_best_groups(router, keys);
+}
+
+// This lane's part of the entropy of its scores, which take the place of l's softmax q and, as logarithms, of l.
+__device__ __forceinline__ W entropy_part(const Router& router, const Normaliser& by_logits, W (&l)[N], W (&q)[N]) {
+    W top = by_logits.top, entropy = 0;
+    if (router.sigmoid) {
+        log_sigmoids(l, l);
+        const Normaliser by_scores = softmax(l, q);
+        top = by_scores.top;
+        if ((threadIdx.x & 31) == 0) entropy += log(by_scores.sum);
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        // -q log q, but for the sum's logarithm; a score of 0 adds nothing, NaN does
+        if (q[i] != 0) entropy += q[i] * (top - l[i]);
+    }
+    return entropy;
+}
+
 // --- forward ---
 
 // What the blocks of `route` add up, each for its tokens, and what becomes of it.
@@ -304,20 +342,17 @@ template <int THREADS> __device__ void add_up(const Router& router, const Sums& 
     write_losses(router, scores, sums.tokens_per_expert, z, entropy, sums.results);
 }
 
-// A block takes `slots.chunk` / K tokens. A single one also adds up the sums and, unless plan.expert_offsets
-// is NULL, makes the plan; of many, that is left to `route_plan`.
+// A block takes `slots.chunk` / K tokens; `route_plan` adds up their sums and makes the plan.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
     const Router router, const Slots slots, const W* logits, const float* expert_bias,
-    const unsigned char* valid_mask, int* topk_idx, W* topk_weights, const Sums sums, const Plan<W> plan
+    const unsigned char* valid_mask, int* topk_idx, W* topk_weights, const Sums sums
 ) {
     after_earlier_kernels();
-    unsigned char* memory = dynamic_shared<8>();
-    W* warp_scores = reinterpret_cast<W*>(memory);  // [WARPS, E]
+    W* warp_scores = reinterpret_cast<W*>(dynamic_shared<8>());  // [WARPS, E]
     __shared__ int block_counts[32 * N];
     __shared__ W warp_losses[WARPS][2];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int num_experts = router.num_experts, top_k = router.top_k;
-    const bool by_logit = expert_bias == nullptr && router.num_groups == 0;
     for (int e = threadIdx.x; e < num_experts; e += 32 * WARPS) block_counts[e] = 0;
     __syncthreads();
 
@@ -353,39 +388,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
             const Normaliser by_logits = softmax(l, q);
 
             Key keys[N];
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-                const int e = lane + 32 * i;
-                if (e >= num_experts) {
-                    keys[i] = 0;
-                } else if (by_logit) {
-                    keys[i] = order_key(l[i]);
-                } else {
-                    const W score = router.sigmoid ? sigmoid(l[i]) : q[i];
-                    keys[i] = order_key(score + (expert_bias != nullptr ? W(expert_bias[e]) : W(0)));
-                }
-            }
-            if (router.num_groups > 0) keep_best_groups(router, keys);
-
+            rank_experts(router, l, q, expert_bias, keys);
             const int expert = choose(keys, top_k, owner == i ? place : -1, topk_idx + t * top_k);
             if (owner == i) {
                 chosen = expert;
                 full = by_logits;
             }
 
-            W score_top = by_logits.top;
-            if (router.sigmoid) {
-                log_sigmoids(l, l);
-                const Normaliser by_scores = softmax(l, q);
-                score_top = by_scores.top;
-                if (lane == 0) entropy_sum += log(by_scores.sum);
-            }
+            entropy_sum += entropy_part(router, by_logits, l, q);
 #pragma unroll
-            for (int i = 0; i < N; i++) {
-                q_sums[i] += q[i];
-                // -q log q, but for the sum's logarithm; a score of 0 adds nothing, NaN does
-                if (q[i] != 0) entropy_sum += q[i] * (score_top - l[i]);
-            }
+            for (int i = 0; i < N; i++) q_sums[i] += q[i];
         }
 
         // Weights, and what else is the same for every expert of a token, for the whole batch.
@@ -450,11 +462,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route(
         for (int w = 0; w < WARPS; w++) sum += warp_losses[w][threadIdx.x];
         sums.losses[2 * blockIdx.x + threadIdx.x] = sum;
     }
-    if (gridDim.x > 1) return;
-    __syncthreads();
-    add_up<32 * WARPS>(router, sums, 1);
-    if (plan.expert_offsets == nullptr) return;
-    place_chunk<32 * WARPS>(slots, 0, topk_idx, topk_weights, sums.counts, plan, memory);
 }
 
 // Block c makes the plan of chunk c; the last block adds up the sums, and is the only one where no plan is
@@ -466,6 +473,108 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1) route_plan(
     after_earlier_kernels();
     if (blockIdx.x == gridDim.x - 1) return add_up<PLAN_THREADS>(router, sums, slots.chunks);
     place_chunk<PLAN_THREADS>(slots, blockIdx.x, topk_idx, topk_weights, sums.counts, plan, dynamic_shared<8>());
+}
+
+// Few tokens, no more pairs than FEW, no losses and no bound on an expert's rows: all in one block. A pair's row is the
+// number of pairs that come before it, which are few enough to be counted. plan.expert_offsets may be NULL: no plan.
+constexpr int FEW = 1024;  // the same as in ffmoe_core/cuda/routing.pyx
+constexpr uint32 NO_EXPERT = ~0u;
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) route_few(
+    const Router router, const W* logits, const float* expert_bias, const unsigned char* valid_mask, int* topk_idx,
+    W* topk_weights, int* tokens_per_expert, W* losses, const Plan<W> plan
+) {
+    after_earlier_kernels();
+    __shared__ __align__(16) uint32 keys_of_pairs[FEW];  // they rank by expert, then as the pairs do
+    __shared__ W weights_of_pairs[FEW];
+    __shared__ W warp_entropies[WARPS];
+    __shared__ int valid;  // tokens
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    const int num_tokens = int(router.num_tokens), num_experts = router.num_experts, top_k = router.top_k;
+    const int pairs = num_tokens * top_k;
+    for (int i = pairs + threadIdx.x; i < (pairs + 3) / 4 * 4; i += 32 * WARPS) keys_of_pairs[i] = NO_EXPERT;
+    if (threadIdx.x == 0) valid = 0;
+    __syncthreads();
+
+    int span = 1;  // of the lanes that have a choice
+    while (span < top_k) span *= 2;
+    W entropy = 0;
+    for (int t = warp; t < num_tokens; t += WARPS) {
+        const int pair = t * top_k + lane;
+        int expert = -1;
+        W weight = 0;
+        if (valid_mask == nullptr || valid_mask[t]) {
+            const W* token_logits = logits + int64(t) * num_experts;
+            W l[N], q[N];
+            load_logits(token_logits, num_experts, l);
+            const Normaliser by_logits = softmax(l, q);
+            Key keys[N];
+            rank_experts(router, l, q, expert_bias, keys);
+            expert = choose(keys, top_k, lane, nullptr);
+            if (lane >= top_k) expert = -1;
+            if (lane == 0) {
+                if (!router.sigmoid) entropy += log(by_logits.sum);
+                atomicAdd(&valid, 1);
+            }
+            entropy += entropy_part(router, by_logits, l, q);
+
+            const W logit = expert >= 0 ? token_logits[expert] : minus_infinity();
+            const W score = router.sigmoid ? log_sigmoid(logit) : logit;
+            if (router.normalise) {
+                const W top = warp_max(score, span);
+                const W mine = expert >= 0 ? exp(score - top) : W(0);
+                weight = mine / warp_sum(mine, span);
+            } else {
+                weight = router.sigmoid ? sigmoid(logit) : exp(logit - by_logits.top) / by_logits.sum;
+            }
+            weight *= W(router.scale);
+        }
+        if (lane < top_k) {
+            topk_idx[pair] = expert;
+            topk_weights[pair] = weights_of_pairs[pair] = weight;
+            keys_of_pairs[pair] = expert < 0 ? NO_EXPERT : uint32(expert * FEW + pair);
+        }
+    }
+    entropy = warp_sum(entropy);
+    if (lane == 0) warp_entropies[warp] = entropy;
+    __syncthreads();
+
+    if (threadIdx.x == 0) {
+        W sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += warp_entropies[w];
+        losses[0] = losses[1] = 0;
+        losses[2] = valid > 0 ? sum / valid : W(0);
+    }
+    // of every pair, and of every expert's first
+    for (int i = threadIdx.x; i < pairs + num_experts + 1; i += 32 * WARPS) {
+        const int e = i - pairs;
+        const uint32 key = e < 0 ? keys_of_pairs[i] : uint32(e * FEW);
+        int before = 0, of_expert = 0;
+        for (int j = 0; j < pairs; j += 4) {
+            const Vector<uint32, 4> others = load_vector<uint32, 4>(keys_of_pairs + j);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                before += others.at[k] < key;
+                of_expert += others.at[k] - key < FEW;
+            }
+        }
+        if (e >= 0 && e < num_experts) tokens_per_expert[e] = of_expert;
+        if (plan.expert_offsets == nullptr) continue;
+        if (e >= 0) {
+            plan.expert_offsets[e] = before;
+            continue;
+        }
+        plan.token_rows[i] = key == NO_EXPERT ? -1 : before;
+        if (key != NO_EXPERT) {
+            plan.row_token[before] = i / top_k;
+            plan.row_weights[before] = weights_of_pairs[i];
+        }
+        if (i >= valid * top_k) {  // the tail
+            plan.row_token[i] = 0;
+            plan.row_weights[i] = 0;
+        }
+    }
 }
 
 // The losses of sums [E + 2] and rows that were added up over ranks. One warp.

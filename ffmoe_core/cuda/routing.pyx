@@ -3,7 +3,7 @@
 from libc.stdint cimport int32_t, int64_t
 
 from ..arrays cimport FLOAT32, FLOAT64, UINT8, Array, Space, itemsize
-from . cimport gate_logits_sm90, gate_wgrad_sm90, router_dx
+from . cimport gate_logits_few, gate_logits_sm90, gate_wgrad_sm90, router_dx
 from .dense_gemm cimport dense_gemm
 from .launch cimport Parameter, kernel
 from .placement cimport Plan, Slots, in_chunks, place_bytes
@@ -13,7 +13,8 @@ from .permute import sort
 cdef enum:
     PLAN_THREADS = 1024
     MOST_PLAN_BYTES = 65536  # of shared memory, for the most experts
-    ALONE = 2  # tokens a warp takes, one after the other, rather than leave the plan to a second kernel
+    FEW = 1024  # pairs that one block can do all of; the same as in kernels/routing.cu
+    FEW_TOKENS = 4  # for each of its warps
     BACKWARD_WARPS = 8
     BACKWARD_BLOCKS = 512
     SPREAD_WARPS = 8
@@ -34,7 +35,7 @@ def variants():
     return [
         ("routing.cu", entry, defines)
         for defines in _DEFINES.values()
-        for entry in ("route", "route_plan", "router_losses", "route_backward", "route_backward_chosen")
+        for entry in ("route", "route_plan", "route_few", "router_losses", "route_backward", "route_backward_chosen")
     ] + [("spread.cu", "spread", defines) for defines in _SPREAD_DEFINES.values()]
 
 
@@ -85,7 +86,9 @@ cdef struct Sums:
 
 
 def gate_logits(Space space, Array x, Array gate_weight, Array logits):
-    if gate_logits_sm90.serves(space, x, gate_weight, logits):
+    if gate_logits_few.serves(x, gate_weight, logits):
+        gate_logits_few.gate_logits(space, x, gate_weight, logits)
+    elif gate_logits_sm90.serves(space, x, gate_weight, logits):
         gate_logits_sm90.gate_logits(space, x, gate_weight, logits)
     else:
         dense_gemm(space, x, gate_weight, logits, False, True)
@@ -172,10 +175,22 @@ cdef int _route(
     cdef int warps = 32 if lane_bytes <= 16 else 16 if lane_bytes <= 32 else 8
     cdef tuple defines = _DEFINES[logits.dtype, per_lane]
     cdef Router router = _router(config, logits.dims[0])
-    cdef bint alone = router.num_tokens <= ALONE * warps
-    cdef Slots slots = in_chunks(
-        router.num_tokens, router.top_k, router.num_experts, capacity, ALONE * warps if alone else warps
-    )
+    cdef char* bias = expert_bias.data if expert_bias is not None else NULL
+    cdef char* mask = valid_mask.data if valid_mask is not None else NULL
+    cdef Parameter[9] few_params
+    if (
+        router.num_tokens <= FEW_TOKENS * warps and router.top_k <= 32 and router.num_tokens * router.top_k <= FEW
+        and router.aux_coeff == 0 and router.z_coeff == 0 and totals is None and capacity < 0
+    ):
+        few_params = [
+            &router, &logits.data, &bias, &mask, &topk_idx.data, &topk_weights.data, &tokens_per_expert.data,
+            &losses.data, &plan,
+        ]
+        kernel("routing.cu", "route_few", defines, space.device_id, 0).launch(
+            1, 1, 1, 32 * warps, 0, space.stream, few_params
+        )
+        return 0
+    cdef Slots slots = in_chunks(router.num_tokens, router.top_k, router.num_experts, capacity, warps)
     cdef int64_t entries = <int64_t>slots.chunks * router.num_experts
     cdef Array scratch = space.empty((width * (entries + 2 * slots.chunks) + 4 * entries,), UINT8)
     cdef Sums sums
@@ -185,22 +200,16 @@ cdef int _route(
     sums.tokens_per_expert = tokens_per_expert.data
     sums.results = losses.data
     sums.totals = totals.data if totals is not None else NULL
-    cdef char* bias = expert_bias.data if expert_bias is not None else NULL
-    cdef char* mask = valid_mask.data if valid_mask is not None else NULL
     cdef bint planned = plan.expert_offsets != NULL  # the others may be empty
 
-    cdef Parameter[9] params = [
-        &router, &slots, &logits.data, &bias, &mask, &topk_idx.data, &topk_weights.data, &sums, &plan
+    cdef Parameter[8] params = [
+        &router, &slots, &logits.data, &bias, &mask, &topk_idx.data, &topk_weights.data, &sums
     ]
-    # for every warp's scores, and then for the plan
+    # for every warp's scores
     cdef unsigned int smem = <unsigned int>(warps * width * router.num_experts)
-    if alone:
-        smem = max(smem, place_bytes(warps, router.num_experts, width))
     kernel("routing.cu", "route", defines, space.device_id, MOST_PLAN_BYTES).launch(
         slots.chunks, 1, 1, 32 * warps, smem, space.stream, params
     )
-    if alone:
-        return 0
     cdef Parameter[6] plan_params = [
         &router, &slots, &topk_idx.data, &topk_weights.data, &sums, &plan
     ]

@@ -234,13 +234,30 @@ def test_large_logits_neither_overflow_nor_vanish(kind, gating, shift):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "top_k"),
-    [(0, 4, 2), (1, 128, 8), (64, 128, 8), (65, 128, 8), (333, 250, 3), (2500, 24, 6), (700, 1000, 40)],
+    [
+        (0, 4, 2),
+        (1, 128, 8),
+        (1, 1024, 1),
+        (3, 33, 31),
+        (31, 600, 32),
+        (64, 128, 8),
+        (65, 128, 8),
+        (128, 60, 8),
+        (128, 1000, 1),
+        (129, 8, 7),
+        (333, 250, 3),
+        (2500, 24, 6),
+        (700, 1000, 40),
+    ],
 )
-def test_route_and_sort_do_what_both_do(kind, num_tokens, num_experts, top_k, dtype, capacity, drop_policy):
+@pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
+def test_route_and_sort_do_what_both_do(
+    kind, gating, num_tokens, num_experts, top_k, dtype, capacity, drop_policy
+):
     """Few tokens and many, on both sides of where the work is spread differently: the same bits."""
     rng = np.random.default_rng(num_tokens)
     config = MoEConfig(
-        d_model=1, ffn_dim=2, num_experts=num_experts, top_k=top_k, drop_policy=drop_policy,
+        d_model=1, ffn_dim=2, num_experts=num_experts, top_k=top_k, drop_policy=drop_policy, gating=gating,
         aux_loss_coeff=0.01, z_loss_coeff=0.001,
     )  # fmt: skip
     logits = kind.array(rng.standard_normal((num_tokens, num_experts)), dtype)
@@ -266,13 +283,35 @@ def test_route_and_sort_do_what_both_do(kind, num_tokens, num_experts, top_k, dt
     assert same_bits(kind, together, apart)
     idx, counts = numbers(kind, apart[0]), numbers(kind, apart[2])
     assert (counts == np.bincount(idx[idx >= 0], minlength=num_experts)).all()
+    # without losses, the few can be done at once
+    config = replace(config, aux_loss_coeff=0.0, z_loss_coeff=0.0)
+    at_once = outputs()
+    call_stage(
+        kind, "route_and_sort", config, logits, None, valid, capacity, *at_once[:4], None, *at_once[5:]
+    )
+    assert same_bits(kind, at_once[:3] + at_once[5:], together[:3] + together[5:])
+    alone = outputs()
+    call_stage(kind, "route", config, logits, None, valid, *alone[:4], None)
+    assert same_bits(kind, alone[:3], together[:3])
+    entropy = numbers(kind, together[3])[2]
+    for losses in (alone[3], at_once[3]):
+        rtol = 1e-12 if dtype == "float64" else 3e-6
+        np.testing.assert_allclose(numbers(kind, losses), [0, 0, entropy], rtol=rtol)
 
 
 @pytest.mark.parametrize("float32_gate", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("num_tokens", "width", "num_experts"),
-    [(300, 1032, 136), (40, 2056, 8), (2600, 40, 24), (67, 130, 5), (8257, 264, 40)],
+    [
+        (300, 1032, 136),
+        (1, 2056, 131),
+        (40, 2056, 8),
+        (250, 264, 24),
+        (2600, 40, 24),
+        (67, 130, 5),
+        (8257, 264, 40),
+    ],
 )
 def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts, dtype, float32_gate):
     """Long and short contractions, several tiles and parts of them, widths that divide by 8 or do not."""

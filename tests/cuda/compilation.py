@@ -11,6 +11,7 @@ from pathlib import Path
 from ffmoe_core.cuda import (
     dense_gemm,
     dispatch,
+    gate_logits_few,
     gate_logits_sm90,
     gate_wgrad_sm90,
     grouped_gemm,
@@ -29,6 +30,7 @@ STAGES = (
     grouped_gemm,
     grouped_gemm_sm90,
     dense_gemm,
+    gate_logits_few,
     gate_logits_sm90,
     gate_wgrad_sm90,
     router_dx,

@@ -1,0 +1,50 @@
+// The router's logits of few tokens: logits = x gate^T in float32, at the rate of reading the gate's weight.
+//
+// A warp takes one expert and up to TOKENS tokens, each lane every 32nd piece of 8 along the contraction. What a token
+// gets does not depend on how many others there are. The width must divide by 8 and all arrays be 16-byte aligned.
+//
+// Defines: X_TYPE, GATE_TYPE (codes of types.cuh, none of them float64).
+
+#include "common/epilogue.cuh"
+#include "common/launch_order.cuh"
+#include "common/types.cuh"
+#include "common/warp.cuh"
+
+using X = type_of<X_TYPE>;
+using Gate = type_of<GATE_TYPE>;
+
+// The same as in ffmoe_core/cuda/gate_logits_few.pyx.
+constexpr int WARPS = 8, TOKENS = 8;
+constexpr int WIDTH = 8;
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) gate_logits_few(
+    const X* x, const Gate* gate, float* logits, int num_tokens, int num_experts, int depth
+) {
+    after_earlier_kernels();
+    const int expert = blockIdx.x * WARPS + warp(), first = blockIdx.y * TOKENS;
+    if (expert >= num_experts) return;
+    x += int64(first) * depth;
+    gate += int64(expert) * depth;
+    const int tokens = min(num_tokens - first, TOKENS);
+    float sums[TOKENS] = {};
+#pragma unroll 4
+    for (int column = lane() * WIDTH; column < depth; column += 32 * WIDTH) {
+        float weights[WIDTH];
+        load_values(weights, gate + column);
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+            if (t >= tokens) break;
+            float values[WIDTH], sum = 0;
+            load_values(values, x + int64(t) * depth + column);
+#pragma unroll
+            for (int i = 0; i < WIDTH; ++i) sum += values[i] * weights[i];
+            sums[t] += sum;
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+        if (t >= tokens) break;
+        const float logit = warp_sum(sums[t]);
+        if (lane() == t) logits[int64(first + t) * num_experts + expert] = logit;
+    }
+}
