@@ -223,6 +223,7 @@ STAGE_OF = {
     "sort_place": ("sort",),
     "sort_select": ("sort",),
     "route": ("route",),
+    "route_few": ("route",),
     "route_plan": ("sort",),
     "grouped_glu": ("up",),
     "grouped_gemm": ("down", "d-input"),
@@ -236,6 +237,7 @@ STAGE_OF = {
     "spread": ("router dgate",),
     "chosen_terms": ("router dgate",),
 }
+ROUTERS = {"route", "route_few"}  # the first after the logits
 OTHER = "other"
 
 
@@ -245,7 +247,7 @@ class ProfileError(Exception):
 
 def stages_of(kernels: list[str]) -> list[str]:
     """The stage of each kernel of one forward+backward, in the order they ran."""
-    routed = kernels.index("route")
+    routed = next(i for i, kernel in enumerate(kernels) if kernel in ROUTERS)
     stages = ["gate logits"] * routed
     seen: Counter[str] = Counter()
     for kernel in kernels[routed:]:
@@ -260,7 +262,9 @@ def floors(shape: Shape, measured: dict[str, float]) -> dict[str, float]:
     T, H, I, E, K = shape
     R = T * K
     product = R * H * I
-    logits, choice, w_up, w_down = 4 * T * E, 4 * R, 4 * E * I * H, 2 * E * H * I
+    logits, choice = 4 * T * E, 4 * R
+    w_up, w_down = 4 * E * I * H, 2 * E * H * I
+    used = 1 - (1 - K / E) ** T  # of the experts, by few tokens
     token, row, inside = 2 * T * H, 2 * R * H, 2 * R * I  # x or dO; y or dx by row; a, of which z has two
     gate = 2 * E * H
     # operations, bytes
@@ -268,13 +272,13 @@ def floors(shape: Shape, measured: dict[str, float]) -> dict[str, float]:
         "gate logits": (2 * T * H * E, token + gate + logits),
         "route": (0, logits + 2 * choice),
         "sort": (0, 5 * choice),
-        "up": (4 * product, token + w_up + 3 * inside),
-        "down": (2 * product, inside + w_down + row),
+        "up": (4 * product, token + used * w_up + 3 * inside),
+        "down": (2 * product, inside + used * w_down + row),
         "combine": (0, row + token),
-        "d-activation": (2 * product, token + w_down + 5 * inside),
+        "d-activation": (2 * product, token + used * w_down + 5 * inside),
         "dW_down": (2 * product, token + inside + w_down),
         "dW_up": (4 * product, token + 2 * inside + w_up),
-        "d-input": (4 * product, 2 * inside + w_up + row),
+        "d-input": (4 * product, 2 * inside + used * w_up + row),
         "route backward": (0, 5 * choice),
         "combine dx": (2 * R * H, row + 2 * choice + gate + token),
         "router dgate": (2 * T * H * E, 2 * choice + token + gate),
@@ -299,7 +303,7 @@ def stage_times(call: Callable[[], object], floor: dict[str, float]) -> dict[str
     )
     each, rest = divmod(len(events), PROFILED)
     names = [event.name for event in events[:each]]
-    if rest or not {"route", "route_backward_chosen"} <= set(names):
+    if rest or "route_backward_chosen" not in names or not ROUTERS & set(names):
         raise ProfileError(f"{len(events)} kernels in {PROFILED} equal calls, the first ones {names[:30]}")
     calls = [events[at : at + each] for at in range(0, len(events), each)]
     found: dict[str, list[float]] = {}

@@ -21,14 +21,13 @@ import torch
 
 from arguments import Shape, chosen_shape
 from ffmoe_core.cuda.tiles import (
-    HOPPER,
     PRODUCTS,
     Gpu,
     Size,
-    Tiles,
     gpu_of,
     layer_products,
     only,
+    possible_tiles,
     rule,
     table,
     table_path,
@@ -39,7 +38,7 @@ from memory_kept import SHAPES
 from peers import ffmoe
 from record import RESULTS, environment, sources_digest, write
 
-FEW_TOKENS = (64, 512, 4096)  # of a batch that is decoded, or a small one that is trained on
+FEW_TOKENS = (1, 8, 64, 512, 4096)  # of a batch that is decoded, or a small one that is trained on
 GEOMETRIES = "ACDFG"
 CLOSE = 1.02  # times the fastest: no reason to differ from the rule
 
@@ -59,13 +58,16 @@ def measure(shape: Shape, gpu: Gpu) -> Times:
     call = ffmoe(given).gradients
     products = layer_products(*shape)
     times: Times = {stage: {} for stage in products}
-    for tiles in sorted(frozenset(Tiles) - (frozenset() if gpu.hopper else HOPPER)):
+    possible = {
+        stage: possible_tiles(product, size, gpu, gathers=False) for stage, (product, size) in products.items()
+    }
+    for tiles in sorted(frozenset().union(*possible.values())):
         with only({tiles}):
             call()
             call()
             stages = stage_times(call, {})
-        for stage, (product, _) in products.items():
-            if tiles in PRODUCTS[product]:
+        for stage in products:
+            if tiles in possible[stage]:
                 times[stage][tiles.name] = stages[stage]["ms"]
     return times
 

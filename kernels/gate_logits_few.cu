@@ -3,7 +3,7 @@
 // A warp takes one expert and up to TOKENS tokens, each lane every 32nd piece of 8 along the contraction. What a token
 // gets does not depend on how many others there are. The width must divide by 8 and all arrays be 16-byte aligned.
 //
-// Defines: X_TYPE, GATE_TYPE (codes of types.cuh, none of them float64).
+// Defines: X_TYPE, GATE_TYPE (codes of types.cuh, none of them float64), TOKENS.
 
 #include "common/epilogue.cuh"
 #include "common/launch_order.cuh"
@@ -13,8 +13,7 @@
 using X = type_of<X_TYPE>;
 using Gate = type_of<GATE_TYPE>;
 
-// The same as in ffmoe_core/cuda/gate_logits_few.pyx.
-constexpr int WARPS = 8, TOKENS = 8;
+constexpr int WARPS = 8;  // the same as in ffmoe_core/cuda/gate_logits_few.pyx
 constexpr int WIDTH = 8;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) gate_logits_few(
@@ -23,19 +22,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) gate_logits_few(
     after_earlier_kernels();
     const int expert = blockIdx.x * WARPS + warp(), first = blockIdx.y * TOKENS;
     if (expert >= num_experts) return;
-    x += int64(first) * depth;
     gate += int64(expert) * depth;
-    const int tokens = min(num_tokens - first, TOKENS);
+    // the last one once more where there are fewer: without branches all of them are on their way at the same time
+    const X* tokens[TOKENS];
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) tokens[t] = x + int64(min(first + t, num_tokens - 1)) * depth;
     float sums[TOKENS] = {};
-#pragma unroll 4
+#pragma unroll 2
     for (int column = lane() * WIDTH; column < depth; column += 32 * WIDTH) {
         float weights[WIDTH];
         load_values(weights, gate + column);
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
-            if (t >= tokens) break;
             float values[WIDTH], sum = 0;
-            load_values(values, x + int64(t) * depth + column);
+            load_values(values, tokens[t] + column);
 #pragma unroll
             for (int i = 0; i < WIDTH; ++i) sum += values[i] * weights[i];
             sums[t] += sum;
@@ -43,8 +43,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) gate_logits_few(
     }
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
-        if (t >= tokens) break;
         const float logit = warp_sum(sums[t]);
-        if (lane() == t) logits[int64(first + t) * num_experts + expert] = logit;
+        if (lane() == t && first + t < num_tokens) logits[int64(first + t) * num_experts + expert] = logit;
     }
 }

@@ -5,15 +5,15 @@ from .grouped_gemm cimport address, divided_up
 from .launch cimport Parameter, kernel
 
 cdef enum:
-    # the same as in kernels/gate_logits_few.cu
-    WARPS = 8   # experts of a block
-    TOKENS = 8  # of a block
-    MOST_TOKENS = 256  # of more, the tensor cores' products are worth their start
+    WARPS = 8   # experts of a block; the same as in kernels/gate_logits_few.cu
+    MOST_TOKENS = 128  # of more, the tensor cores' products are worth their start
 
+# by types, and by how many tokens a warp takes
 cdef dict _DEFINES = {
-    (x, gate): (f"X_TYPE={x}", f"GATE_TYPE={gate}")
+    (x, gate, tokens): (f"X_TYPE={x}", f"GATE_TYPE={gate}", f"TOKENS={tokens}")
     for x in (<int>FLOAT32, <int>BFLOAT16, <int>FLOAT16)
     for gate in (x, <int>FLOAT32)
+    for tokens in (1, 4)
 }
 
 
@@ -35,8 +35,10 @@ cdef bint serves(Array x, Array gate, Array logits) except -1:
 cdef int gate_logits(Space space, Array x, Array gate, Array logits) except -1:
     """logits [T, E] float32 = x [T, H] gate [E, H]^T, where ``serves`` says so."""
     cdef int num_tokens = <int>x.dims[0], depth = <int>x.dims[1], num_experts = <int>gate.dims[0]
+    cdef int tokens = 1 if num_tokens == 1 else 4
+    cdef tuple defines = _DEFINES[x.dtype, gate.dtype, tokens]
     cdef Parameter[6] params = [&x.data, &gate.data, &logits.data, &num_tokens, &num_experts, &depth]
-    return kernel("gate_logits_few.cu", "gate_logits_few", _DEFINES[x.dtype, gate.dtype], space.device_id, 0).launch(
-        <unsigned int>divided_up(num_experts, WARPS), <unsigned int>divided_up(num_tokens, TOKENS), 1, 32 * WARPS, 0,
+    return kernel("gate_logits_few.cu", "gate_logits_few", defines, space.device_id, 0).launch(
+        <unsigned int>divided_up(num_experts, WARPS), <unsigned int>divided_up(num_tokens, tokens), 1, 32 * WARPS, 0,
         space.stream, params,
     )

@@ -1,7 +1,7 @@
 """Grouped products on an NVIDIA GPU: which kernel, which tiles, which arguments.
 
-16-bit matrices whose widths divide by 8 go to the tensor cores (grouped_gemm_sm80.cu), all others to
-grouped_gemm_simt.cu. The host never knows how many rows a group has: grids are upper bounds, and blocks find
+16-bit matrices whose widths divide by 8 go to the tensor cores (grouped_gemm_sm80.cu; few rows to
+grouped_gemm_rows.cu), all others to grouped_gemm_simt.cu. The host never knows how many rows a group has: grids are upper bounds, and blocks find
 their tile from ``expert_offsets`` on the device.
 """
 
@@ -23,8 +23,10 @@ cdef enum:
     PACED
     TURNS
     PACED_TURNS
+    ROWS
 
 cdef tuple FILES = ("grouped_gemm_simt.cu", "grouped_gemm_sm80.cu", "grouped_gemm_sm80.cu")
+cdef str ROWS_FILE = "grouped_gemm_rows.cu"
 cdef int[3] TILE_COLUMNS = [128, 128, 256]
 cdef unsigned int[3] THREADS = [256, 128, 256]
 cdef unsigned int[3] SHARED_BYTES = [0, 4 * (128 + 128) * 64, 4 * (128 + 256) * 64]
@@ -33,6 +35,9 @@ cdef enum:
     TILE_ROWS = 128
     PART_COLUMNS = 64  # of a row's dot product in grouped_glu_backward
     SUM_THREADS = 256
+    # the same as in kernels/grouped_gemm_rows.cu
+    ROWS_TILES = 2
+    ROWS_THREADS = 256
 
 cdef dict ACTIVATIONS = {"swiglu": 0, "geglu": 1, "relu_squared": 2}
 cdef tuple TENSOR_TYPES = (<int>BFLOAT16, <int>FLOAT16)
@@ -77,6 +82,10 @@ cdef dict _glu_backward = {
     for act in ACTIVATIONS.values()
     if path != WIDE
 }
+cdef dict _rows_gemm = {x: (f"X_TYPE={x}",) for x in TENSOR_TYPES}
+cdef dict _rows_glu = {
+    (x, act): (f"X_TYPE={x}", "GLU=1", f"ACTIVATION={act}") for x in TENSOR_TYPES for act in ACTIVATIONS.values()
+}
 cdef dict _sum = {
     x: (*_typed(SIMT, <int>FLOAT64 if x == FLOAT64 else <int>FLOAT32, x), "SUM=1") for x in ALL_TYPES
 }
@@ -93,7 +102,12 @@ def variants():
         )
         for key, defines in table.items()
     }
-    return sorted(grouped) + [(FILES[SIMT], "sum_parts", defines) for defines in _sum.values()]
+    few = [
+        (ROWS_FILE, entry, defines)
+        for entry, table in (("grouped_gemm", _rows_gemm), ("grouped_glu", _rows_glu))
+        for defines in table.values()
+    ]
+    return sorted(grouped) + few + [(FILES[SIMT], "sum_parts", defines) for defines in _sum.values()]
 
 
 # --- choosing and counting ---
@@ -114,7 +128,7 @@ cdef int64_t row_tiles(int64_t num_rows, int64_t num_groups) noexcept:
 
 cdef int path_of(
     str product, int dtype, uintptr_t addresses, int64_t num_groups, int64_t num_rows, int64_t width, int64_t columns,
-    int device, int gathered,
+    int device, int gathered, int chunks,
 ) except -1:
     """How to compute a product; tiles.py says what its sizes are. ``addresses`` are or-ed together; an index names
     the rows of so many operands.
@@ -131,12 +145,22 @@ cdef int path_of(
     if path is None:
         size = Size(num_groups, 1 << rows, width, columns)
         path = choices[key] = choose(product, size, gpu_of(device)._replace(hopper=hopper), gathered > 0)
-    return path
+    return NARROW if path == ROWS and chunks > 1 else path
 
 
 cdef int in_vectors(uintptr_t addresses, int64_t width0, int64_t width1) noexcept:
     """Whether SIMT kernels may move 4 elements at a time."""
     return (width0 | width1) % 4 == 0 and addresses % 16 == 0
+
+
+cdef int launch_rows(
+    Space space, str entry, tuple defines, int64_t num_rows, int64_t columns, void** params
+) except -1:
+    """The kernels for few rows, which take groups without chunks; ``columns`` of the weights' rows."""
+    return kernel(ROWS_FILE, entry, defines, space.device_id, 0).launch(
+        <unsigned int>divided_up(columns, 16 * ROWS_TILES), <unsigned int>num_rows, 1, ROWS_THREADS, 0, space.stream,
+        params,
+    )
 
 
 cdef int launch(
@@ -164,8 +188,15 @@ def grouped_gemm(
         return
     path = path_of(
         "gemm_nk" if transpose_b else "gemm_kn", a.dtype, addresses, num_groups, num_rows, depth, columns,
-        space.device_id, index != 0,
+        space.device_id, index != 0, chunks,
     )
+    cdef Parameter[9] few
+    if path == ROWS:
+        few = [
+            &a.data, &b.data, &expert_offsets.data, &index, &out.data, &num_groups, &num_rows, &depth, &columns,
+        ]
+        launch_rows(space, "grouped_gemm", _rows_gemm[a.dtype], num_rows, columns, few)
+        return
     if path >= TURNS:
         sm90.grouped_gemm_in_turns(
             space, a, b, expert_offsets, transpose_b, out, path == PACED_TURNS, chunks, chunk
@@ -197,7 +228,7 @@ def grouped_gemm_wgrad(
     cdef int path
     path = path_of(
         "wgrad", a.dtype, addresses, num_groups, num_rows, a_columns, b_columns, space.device_id,
-        (left != 0) + (right != 0),
+        (left != 0) + (right != 0), chunks,
     )
     if path >= CLUSTER:
         sm90.grouped_gemm_wgrad(space, a, b, expert_offsets, a_index, b_index, out, accumulate, scale, chunks)
@@ -229,8 +260,16 @@ def grouped_glu(
     if num_rows == 0:
         return
     path = path_of(
-        "glu", x.dtype, addresses, num_groups, num_rows, depth, intermediate, space.device_id, index != 0
+        "glu", x.dtype, addresses, num_groups, num_rows, depth, intermediate, space.device_id, index != 0, chunks,
     )
+    cdef Parameter[10] few
+    if path == ROWS:
+        few = [
+            &x.data, &w_up.data, &expert_offsets.data, &index, &kept, &a.data, &num_groups, &num_rows, &depth,
+            &intermediate,
+        ]
+        launch_rows(space, "grouped_glu", _rows_glu[x.dtype, act], num_rows, 2 * <int64_t>intermediate, few)
+        return
     if path >= CLUSTER:
         sm90.grouped_glu(space, x, w_up, expert_offsets, row_index, act, z, a, path == PACED, chunks, chunk)
         return
@@ -262,7 +301,7 @@ def grouped_glu_backward(
         return
     path = path_of(
         "glu_backward", dout.dtype, addresses, num_groups, num_rows, depth, intermediate, space.device_id,
-        index != 0,
+        index != 0, chunks,
     )
     # so many columns have their part of a row's dot product; the parts are added in order
     count = <int>divided_up(intermediate, sm90.PART_COLUMNS if path >= CLUSTER else PART_COLUMNS)

@@ -34,15 +34,16 @@ class Tiles(IntEnum):
     PACED = 4  # the same, and all blocks begin their n-th tile together
     TURNS = 5  # wgmma, 128x192, two blocks as above; a block's two warpgroups take turns with whole tiles
     PACED_TURNS = 6  # the same, and all blocks begin their n-th tile together
+    ROWS = 7  # mma.sync, 8 rows by 16 columns a warp: for few rows, at the rate of reading the weights
 
 
 TURNS = frozenset({Tiles.TURNS, Tiles.PACED_TURNS})
 HOPPER = frozenset({Tiles.CLUSTER, Tiles.PACED}) | TURNS
-_EVERYWHERE = frozenset(Tiles) - TURNS  # for every product
+_EVERYWHERE = frozenset(Tiles) - TURNS - {Tiles.ROWS}  # for every product
 PRODUCTS = {
     "gemm_nk": frozenset(Tiles),  # weights as [N, K]
-    "gemm_kn": frozenset(Tiles),  # and as [K, N]
-    "glu": _EVERYWHERE,
+    "gemm_kn": frozenset(Tiles) - {Tiles.ROWS},  # and as [K, N]
+    "glu": _EVERYWHERE | {Tiles.ROWS},
     "glu_backward": _EVERYWHERE - {Tiles.WIDE},  # two blocks hide each other's long epilogue
     "wgrad": _EVERYWHERE - {Tiles.PACED},  # its tiles are equally long anyway
 }
@@ -52,6 +53,8 @@ WIDE_WGRAD_DEPTH = 512
 TILE_ROWS = 128
 TURNS_DEPTH = 2048  # longer contractions gain more by wide tiles than by tile ends that cost nothing
 PACED_DEPTH = 1024  # the operands of a shorter one stay in the second-level cache without pace, too
+MOST_ROWS = 1024  # that Tiles.ROWS are launched for
+ROWS_OF_A_GROUP = 4  # on average: more are worth tiles that keep them in shared memory
 NEAR_OCTAVES = 4.0  # a factor of 2 in one size is an octave
 
 
@@ -85,11 +88,13 @@ class Measured(NamedTuple):
 def rule(product: str, size: Size, gpu: Gpu, gathers: bool = False) -> Tiles:
     """The choice where nothing was measured."""
     rows, columns = size.rows, size.columns
+    if Tiles.ROWS in possible_tiles(product, size, gpu, gathers) and rows <= ROWS_OF_A_GROUP * size.groups:
+        return Tiles.ROWS
     if gpu.hopper:
         across = -(-columns // (128 if product == "glu" else 256))
         paced = size.width >= PACED_DEPTH and rows // 256 * across >= gpu.multiprocessors
         in_turns = paced or size.width < PACED_DEPTH
-        if in_turns and size.width <= TURNS_DEPTH and possible_tiles(product, gpu, gathers) >= TURNS:
+        if in_turns and size.width <= TURNS_DEPTH and possible_tiles(product, size, gpu, gathers) >= TURNS:
             return Tiles.PACED_TURNS if paced else Tiles.TURNS
         return Tiles.PACED if paced and product != "wgrad" else Tiles.CLUSTER
     if product == "wgrad":
@@ -107,15 +112,16 @@ def octaves_apart(a: Size, b: Size) -> float:
     return sum(abs(math.log2(max(x, 1) / max(y, 1))) for x, y in zip(a, b, strict=True))
 
 
-def possible_tiles(product: str, gpu: Gpu, gathers: bool) -> frozenset[Tiles]:
+def possible_tiles(product: str, size: Size, gpu: Gpu, gathers: bool) -> frozenset[Tiles]:
+    possible = PRODUCTS[product] if size.rows <= MOST_ROWS else PRODUCTS[product] - {Tiles.ROWS}
     if not gpu.hopper:
-        return PRODUCTS[product] - HOPPER
-    return PRODUCTS[product] - TURNS if gathers else PRODUCTS[product]
+        return possible - HOPPER
+    return possible - TURNS if gathers else possible
 
 
 def choose(product: str, size: Size, gpu: Gpu, gathers: bool = False) -> Tiles:
     """The same for the same arguments. gathers: an index names rows of an operand."""
-    possible = possible_tiles(product, gpu, gathers)
+    possible = possible_tiles(product, size, gpu, gathers)
     if _only is not None and possible & _only:
         possible &= _only
     known = table().get(gpu.name)

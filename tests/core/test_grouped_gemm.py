@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffmoe_core import grouped_gemm, grouped_gemm_wgrad
+from ffmoe_core.cuda.tiles import Tiles, only
 from tests import reference
 from tests.core.checks import call_stage
 from tests.support import (
@@ -32,8 +33,9 @@ ONE_ROUNDING = {
 }
 
 
-# Where a GPU has kernels of its own architecture, those that run on every one are tested too.
-GPU_KERNELS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "cupy-portable")]
+# Where a GPU has kernels of its own architecture, those that run on every one are tested too; and those for few rows,
+# where a product has them.
+GPU_KERNELS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "cupy-portable", "cupy-rows")]
 
 
 @pytest.fixture(scope="module", params=["numpy", *GPU_KERNELS])
@@ -47,10 +49,18 @@ def cupy_kind(request):
 
 
 def kind_of(name):
-    if name == "cupy-portable":
+    if name == "numpy":
+        yield NumpyKind()
+    elif name == "cupy":
+        yield CupyKind()
+    elif name == "cupy-rows":
+        with only({Tiles.ROWS}):
+            yield CupyKind()
+    else:
         os.environ["FFMOE_PORTABLE_KERNELS"] = "1"
-    yield NumpyKind() if name == "numpy" else CupyKind()
-    os.environ.pop("FFMOE_PORTABLE_KERNELS", None)
+        with only({Tiles.NARROW, Tiles.WIDE}):
+            yield CupyKind()
+        del os.environ["FFMOE_PORTABLE_KERNELS"]
 
 
 def assert_rounded_once(got, want, dtype, what):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ffmoe_core.cuda import tiles
-from ffmoe_core.cuda.tiles import HOPPER, PRODUCTS, Gpu, Size, Tiles, choose, only, rule
+from ffmoe_core.cuda.tiles import HOPPER, PRODUCTS, Gpu, Size, Tiles, choose, only, possible_tiles, rule
 from ffmoe_core.errors import ConfigError
 
 CARD = Gpu("Card of these tests", 100, hopper=True)
@@ -75,9 +75,24 @@ def test_choices_are_possible_ones(card, product):
             size = Size(16, rows, width, 512)
             assert choose(product, size, CARD) in PRODUCTS[product]
             assert choose(product, size, portable) in PRODUCTS[product] - HOPPER
-            for one in PRODUCTS[product]:
+            for one in possible_tiles(product, size, CARD, gathers=False):
                 with only({one}):
                     assert choose(product, size, CARD) is one
+
+
+@pytest.mark.parametrize("gpu", [CARD, CARD._replace(hopper=False)])
+def test_few_rows_have_a_kernel_of_their_own(gpu):
+    """By the rule up to four a group, and up to 1024 wherever that is asked for; not every product has it."""
+    gpu = gpu._replace(name="Another card")
+    for product in PRODUCTS:
+        has_it = product in ("gemm_nk", "glu")
+        for groups, rows in ((8, 2), (8, 32), (256, 1024)):
+            assert (rule(product, Size(groups, rows, 2048, 512), gpu) is Tiles.ROWS) == has_it
+        for groups, rows in ((8, 33), (256, 1025), (1024, 4096)):
+            assert rule(product, Size(groups, rows, 2048, 512), gpu) is not Tiles.ROWS
+        with only({Tiles.ROWS}):
+            assert (choose(product, Size(8, 1024, 2048, 512), gpu) is Tiles.ROWS) == has_it
+            assert choose(product, Size(8, 1025, 2048, 512), gpu) is not Tiles.ROWS
 
 
 def test_the_rule():

@@ -201,6 +201,29 @@ def in_chunks(inner, columns, gather):
     return [out]
 
 
+@case([(40, 24), (136, 200), (1096, 264)], gather=True)
+@case([(40, 24), (136, 200), (1096, 264)], gather=False)
+def few_rows(inner, columns, gather):
+    """None, one, a tile and a bit; three are nobody's."""
+    offsets = np.cumsum([0, 0, 1, 9, 0, 8, 3])
+    new, rows, groups = Arrays(gather), offsets[-1] + 3, len(offsets) - 1
+    index = new.rng.integers(0, TOKENS, rows) if gather else np.arange(rows)
+    given = [KIND.array(offsets, "int32"), KIND.array(index, "int32") if gather else None]
+    a, a_array = new.whole(TOKENS if gather else rows, inner)
+    b, b_array = new.whole(groups, columns, inner)
+    w_up, w_array = new.normal(groups, 2 * columns, inner, scale=inner**-0.5)
+    out, z, activated = new.out(rows, columns), new.out(rows, 2 * columns), new.out(rows, columns)
+    with only({Tiles.ROWS}):
+        call_stage(KIND, "grouped_gemm", a_array, b_array, *given, True, out)
+        call_stage(KIND, "grouped_glu", a_array, w_array, *given, "geglu", z, activated)
+    want = rounded(reference.grouped_gemm(a, b, offsets, index, True), DTYPE)
+    assert numbers(KIND, out).tolist() == want.tolist()
+    wanted = reference.grouped_glu(a, w_up, offsets, index, "geglu")
+    for got, want, name in zip((z, activated), wanted, ("z", "a"), strict=True):
+        assert_rounded_once(numbers(KIND, got), want, DTYPE, name)
+    return [out, z, activated]
+
+
 # Fewer tokens than 8192 are other kernels' affair.
 @case([(40, 136, 5)])
 def router(hidden, experts, top_k):
