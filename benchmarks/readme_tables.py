@@ -93,6 +93,23 @@ def layer(record: Record) -> str:
     return "\n\n".join(parts)
 
 
+def few_tokens(record: Record) -> str:
+    """Forward calls that mostly read weights, beside the time that reading them takes."""
+    rows = []
+    for shape in record["shapes"].values():
+        T, H, I, E, K = (shape[size] for size in "THIEK")
+        times = {
+            name: 1e3 * row["forward_no_grad_ms"]
+            for name, row in shape["routing"]["balanced"]["contenders"].items()
+        }
+        used = E * (1 - (1 - K / E) ** T)
+        least = used * 3 * H * I * 2 / (shape["ceilings"]["copy_gbps"] * 1e3)
+        cells = (times["ffmoe"], times["grouped_mm"], least)
+        reached = f"{least / times['ffmoe']:.0%}"
+        rows.append((f"{T}, {H}, {I}, {E}, {K}", *(f"{value:.0f}" for value in cells), reached))
+    return table(("T, H, I, E, K", "ffmoe", "grouped_mm", "the weights alone", "of that rate"), rows)
+
+
 def both_ways(row: Record | None, unit: Record | None = None) -> str:
     """Milliseconds forward / forward+backward, or as ratios to another's."""
     keys = ("forward_ms", "forward_backward_ms")
@@ -157,6 +174,7 @@ WIRE = ("ffmoe", "all_to_all_single")
 TABLES: dict[str, Callable[[Record], str]] = {
     "cpu_layer": cpu_layer,
     "expert_parallel": expert_parallel,
+    "few_tokens": few_tokens,
     "gpu_tests": gpu_tests,
     "host_time": host_time,
     "layer": layer,

@@ -43,6 +43,11 @@ __device__ __forceinline__ Rows rows_of_block(const int* offsets, int num_groups
     return {row, uint32(row - begin) % ROWS == 0 ? min(end - row, ROWS) : 0, of_group, group};
 }
 
+__device__ __forceinline__ Piece weights_or_zeros(const X* from, bool there) {
+    Piece piece = {};
+    if (there) load_piece(from, piece.at[0], piece.at[1], piece.at[2], piece.at[3]);
+    return piece;
+}
 __device__ __forceinline__ Piece piece_or_zeros(const X* from, bool there) {
     Piece piece = {};
     if (there) piece = load_vector<uint32, 4>(reinterpret_cast<const uint32*>(from));
@@ -61,8 +66,8 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
         for (int i = 0; i < STEPS_AHEAD; ++i) {
             const int k = first + DEPTH * i + lane() % 4 * 8;
-            of_low[i] = piece_or_zeros(low + k, low != nullptr && k < end);
-            of_high[i] = piece_or_zeros(high + k, high != nullptr && k < end);
+            of_low[i] = weights_or_zeros(low + k, low != nullptr && k < end);
+            of_high[i] = weights_or_zeros(high + k, high != nullptr && k < end);
             of_a[i] = piece_or_zeros(a + k, a != nullptr && k < end);
         }
 #pragma unroll

@@ -477,7 +477,7 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1) route_plan(
 
 // Few tokens, no more pairs than FEW, no losses and no bound on an expert's rows: all in one block. A pair's row is the
 // number of pairs that come before it, which are few enough to be counted. plan.expert_offsets may be NULL: no plan.
-constexpr int FEW = 1024;  // the same as in ffmoe_core/cuda/routing.pyx
+constexpr int FEW = 256;  // the same as in ffmoe_core/cuda/routing.pyx
 constexpr uint32 NO_EXPERT = ~0u;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) route_few(
@@ -487,6 +487,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route_few(
     after_earlier_kernels();
     __shared__ __align__(16) uint32 keys_of_pairs[FEW];  // they rank by expert, then as the pairs do
     __shared__ W weights_of_pairs[FEW];
+    __shared__ int starts[MAX_EXPERTS + 1];
     __shared__ W warp_entropies[WARPS];
     __shared__ int valid;  // tokens
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
@@ -550,16 +551,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route_few(
     for (int i = threadIdx.x; i < pairs + num_experts + 1; i += 32 * WARPS) {
         const int e = i - pairs;
         const uint32 key = e < 0 ? keys_of_pairs[i] : uint32(e * FEW);
-        int before = 0, of_expert = 0;
+        int before = 0;
         for (int j = 0; j < pairs; j += 4) {
             const Vector<uint32, 4> others = load_vector<uint32, 4>(keys_of_pairs + j);
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                before += others.at[k] < key;
-                of_expert += others.at[k] - key < FEW;
-            }
+            for (int k = 0; k < 4; k++) before += others.at[k] < key;
         }
-        if (e >= 0 && e < num_experts) tokens_per_expert[e] = of_expert;
+        if (e >= 0) starts[e] = before;
         if (plan.expert_offsets == nullptr) continue;
         if (e >= 0) {
             plan.expert_offsets[e] = before;
@@ -575,6 +573,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) route_few(
             plan.row_weights[i] = 0;
         }
     }
+    __syncthreads();
+    for (int e = threadIdx.x; e < num_experts; e += 32 * WARPS) tokens_per_expert[e] = starts[e + 1] - starts[e];
 }
 
 // The losses of sums [E + 2] and rows that were added up over ranks. One warp.

@@ -1,8 +1,8 @@
 """Grouped products on an NVIDIA GPU: which kernel, which tiles, which arguments.
 
 16-bit matrices whose widths divide by 8 go to the tensor cores (grouped_gemm_sm80.cu; few rows to
-grouped_gemm_rows.cu), all others to grouped_gemm_simt.cu. The host never knows how many rows a group has: grids are upper bounds, and blocks find
-their tile from ``expert_offsets`` on the device.
+grouped_gemm_rows.cu), all others to grouped_gemm_simt.cu. The host never knows how many rows a group has: grids are
+upper bounds, and blocks find their tile from ``expert_offsets`` on the device.
 """
 
 from libc.math cimport log2

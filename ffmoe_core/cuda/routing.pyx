@@ -13,7 +13,7 @@ from .permute import sort
 cdef enum:
     PLAN_THREADS = 1024
     MOST_PLAN_BYTES = 65536  # of shared memory, for the most experts
-    FEW = 1024  # pairs that one block can do all of; the same as in kernels/routing.cu
+    FEW = 256  # pairs that one block can do all of; the same as in kernels/routing.cu
     FEW_TOKENS = 4  # for each of its warps
     BACKWARD_WARPS = 8
     BACKWARD_BLOCKS = 512

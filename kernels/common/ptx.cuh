@@ -54,6 +54,14 @@ template <class X> __device__ __forceinline__ const X* advanced(const X* from, i
 }
 
 // 16 bytes that nothing reads soon: they should not drive others out of the second-level cache.
+// 16 bytes of 128 that are read piece by piece: the second-level cache fetches all of them.
+__device__ __forceinline__ void load_piece(
+    const void* from, unsigned int& a, unsigned int& b, unsigned int& c, unsigned int& d
+) {
+    asm volatile("ld.global.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+                 : "l"(from));
+}
 __device__ __forceinline__ void store_streaming(
     void* to, unsigned int a, unsigned int b, unsigned int c, unsigned int d
 ) {
