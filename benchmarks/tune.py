@@ -59,7 +59,8 @@ def measure(shape: Shape, gpu: Gpu) -> Times:
     products = layer_products(*shape)
     times: Times = {stage: {} for stage in products}
     possible = {
-        stage: possible_tiles(product, size, gpu, gathers=False) for stage, (product, size) in products.items()
+        stage: possible_tiles(product, size, gpu, gathers=False)
+        for stage, (product, size) in products.items()
     }
     for tiles in sorted(frozenset().union(*possible.values())):
         with only({tiles}):
