@@ -110,10 +110,9 @@ class ShardedExperts:
         # Backward comes to what is between them when the second has started an exchange, and before the first waits.
         returned = _StartCombine.apply(call, rows)
         self.telling(call.finish_beside)
-        # In the sum over a token's ranks, where it is no pass over memory of its own.
-        added = None if beside is None or proj_up is not None else beside.output
-        if added is not None:
-            added = added.contiguous() if added.dtype == returned.dtype else None
+        added = None
+        if beside is not None and proj_up is None:
+            added = self.telling(_addable, beside.output, returned, len(tokens))
         output = _FinishCombine.apply(call, returned, added)
         dispatched = call.take()
         if proj_up is not None:
@@ -154,6 +153,16 @@ class ShardedExperts:
                 own = self.expert_parallel.experts
                 # a copy: load_state_dict(assign=True) would keep all experts' memory for the sake of these
                 state_dict[name] = experts[own.start : own.stop].clone()
+
+
+def _addable(output: Any, rows: Tensor, num_tokens: int) -> Tensor | None:
+    """A shared expert's output that the sum over a token's ranks can take in, without a pass over memory of its own.
+
+    Not where it is computed later, or is another module's and of another dtype or shape: that is added as torch does.
+    """
+    if not isinstance(output, Tensor) or output.dtype != rows.dtype:
+        return None
+    return output.contiguous() if output.shape == (num_tokens, rows.shape[1]) else None
 
 
 def _refuse_transforms(*tensors: Tensor | None) -> None:

@@ -125,6 +125,24 @@ def test_the_tokens_sums_take_in_what_the_shared_expert_has_given(monkeypatch):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [((1, 8), torch.float32), ((6, 8), torch.float64)])
+def test_what_the_sum_cannot_take_in_is_added_to_it(monkeypatch, shape, dtype):
+    """Another module's output in the place of the shared expert's, as torch adds it."""
+    given = torch.zeros(shape, dtype=dtype)
+
+    class Another(BesideExchanges):
+        def start(self, spared):
+            self._launch_rest = lambda: given
+
+    layer = sharded_layer([], monkeypatch, Another)
+    x = torch.randn(6, 8)
+    routed, _ = layer(x)
+    given = torch.full(shape, 3.0, dtype=dtype)
+    output, _ = layer(x)
+    assert output.dtype == dtype
+    assert torch.equal(output, routed + given)
+
+
 def test_in_backward_the_shared_expert_comes_after_the_exchange_that_it_runs_beside(monkeypatch):
     log = []
     layer = sharded_layer(log, monkeypatch, OnTheRuntime)
