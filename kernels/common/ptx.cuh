@@ -53,7 +53,6 @@ template <class X> __device__ __forceinline__ const X* advanced(const X* from, i
     return at;
 }
 
-// 16 bytes that nothing reads soon: they should not drive others out of the second-level cache.
 // 16 bytes of 128 that are read piece by piece: the second-level cache fetches all of them.
 __device__ __forceinline__ void load_piece(
     const void* from, unsigned int& a, unsigned int& b, unsigned int& c, unsigned int& d
@@ -62,6 +61,8 @@ __device__ __forceinline__ void load_piece(
                  : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
                  : "l"(from));
 }
+
+// 16 bytes that nothing reads soon: they should not drive others out of the second-level cache.
 __device__ __forceinline__ void store_streaming(
     void* to, unsigned int a, unsigned int b, unsigned int c, unsigned int d
 ) {
