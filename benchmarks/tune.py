@@ -58,10 +58,7 @@ def measure(shape: Shape, gpu: Gpu) -> Times:
     call = ffmoe(given).gradients
     products = layer_products(*shape)
     times: Times = {stage: {} for stage in products}
-    possible = {
-        stage: possible_tiles(product, size, gpu, gathers=False)
-        for stage, (product, size) in products.items()
-    }
+    possible = {stage: possible_tiles(product, size, gpu) for stage, (product, size) in products.items()}
     for tiles in sorted(frozenset().union(*possible.values())):
         with only({tiles}):
             call()
@@ -74,7 +71,7 @@ def measure(shape: Shape, gpu: Gpu) -> Times:
 
 
 def fastest(product: str, size: Size, gpu: Gpu, times: dict[str, float]) -> str:
-    by_rule = rule(product, size, gpu).name
+    by_rule = rule(product, size, gpu, possible_tiles(product, size, gpu)).name
     best = min(times, key=lambda tiles: times[tiles])
     return by_rule if times[by_rule] <= CLOSE * times[best] else best
 

@@ -137,15 +137,16 @@ cdef int path_of(
     """
     if not (dtype == BFLOAT16 or dtype == FLOAT16) or (width | columns) % 8 != 0 or addresses % 16 != 0:
         return SIMT
-    cdef bint hopper = gathered < 2 and sm90.runs_on(device, num_groups)
+    cdef bint hopper = gathered < 2 and sm90.runs_on(device, num_groups), in_chunks = chunks > 1
     # in octaves, as it may be another number each time
     cdef int rows = <int>(log2(max(num_rows, 1)) + 0.5)
-    key = product, device, hopper, gathered, num_groups, rows, width, columns
+    key = product, device, hopper, gathered, in_chunks, num_groups, rows, width, columns
     path = choices.get(key)
     if path is None:
         size = Size(num_groups, 1 << rows, width, columns)
-        path = choices[key] = choose(product, size, gpu_of(device)._replace(hopper=hopper), gathered > 0)
-    return NARROW if path == ROWS and chunks > 1 else path
+        gpu = gpu_of(device)._replace(hopper=hopper)
+        path = choices[key] = choose(product, size, gpu, gathered > 0, in_chunks)
+    return path
 
 
 cdef int in_vectors(uintptr_t addresses, int64_t width0, int64_t width1) noexcept:

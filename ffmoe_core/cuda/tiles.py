@@ -85,16 +85,16 @@ class Measured(NamedTuple):
     points: Points
 
 
-def rule(product: str, size: Size, gpu: Gpu, gathers: bool = False) -> Tiles:
-    """The choice where nothing was measured."""
+def rule(product: str, size: Size, gpu: Gpu, possible: frozenset[Tiles]) -> Tiles:
+    """The choice where nothing was measured. It may be none of the possible ones where those were narrowed by hand."""
     rows, columns = size.rows, size.columns
-    if Tiles.ROWS in possible_tiles(product, size, gpu, gathers) and rows <= ROWS_OF_A_GROUP * size.groups:
+    if Tiles.ROWS in possible and rows <= ROWS_OF_A_GROUP * size.groups:
         return Tiles.ROWS
     if gpu.hopper:
         across = -(-columns // (128 if product == "glu" else 256))
         paced = size.width >= PACED_DEPTH and rows // 256 * across >= gpu.multiprocessors
         in_turns = paced or size.width < PACED_DEPTH
-        if in_turns and size.width <= TURNS_DEPTH and possible_tiles(product, size, gpu, gathers) >= TURNS:
+        if in_turns and size.width <= TURNS_DEPTH and possible >= TURNS:
             return Tiles.PACED_TURNS if paced else Tiles.TURNS
         return Tiles.PACED if paced and product != "wgrad" else Tiles.CLUSTER
     if product == "wgrad":
@@ -112,16 +112,21 @@ def octaves_apart(a: Size, b: Size) -> float:
     return sum(abs(math.log2(max(x, 1) / max(y, 1))) for x, y in zip(a, b, strict=True))
 
 
-def possible_tiles(product: str, size: Size, gpu: Gpu, gathers: bool) -> frozenset[Tiles]:
-    possible = PRODUCTS[product] if size.rows <= MOST_ROWS else PRODUCTS[product] - {Tiles.ROWS}
+def possible_tiles(
+    product: str, size: Size, gpu: Gpu, gathers: bool = False, in_chunks: bool = False
+) -> frozenset[Tiles]:
+    """gathers: an index names rows of an operand. in_chunks: a call computes a part of each group's rows."""
+    possible = PRODUCTS[product]
+    if in_chunks or size.rows > MOST_ROWS:
+        possible -= {Tiles.ROWS}
     if not gpu.hopper:
         return possible - HOPPER
     return possible - TURNS if gathers else possible
 
 
-def choose(product: str, size: Size, gpu: Gpu, gathers: bool = False) -> Tiles:
-    """The same for the same arguments. gathers: an index names rows of an operand."""
-    possible = possible_tiles(product, size, gpu, gathers)
+def choose(product: str, size: Size, gpu: Gpu, gathers: bool = False, in_chunks: bool = False) -> Tiles:
+    """The same for the same arguments, which are those of possible_tiles."""
+    possible = possible_tiles(product, size, gpu, gathers, in_chunks)
     if _only is not None and possible & _only:
         possible &= _only
     known = table().get(gpu.name)
@@ -129,7 +134,7 @@ def choose(product: str, size: Size, gpu: Gpu, gathers: bool = False) -> Tiles:
     nearest = min(points, key=lambda point: octaves_apart(point[0], size), default=None)
     if nearest is not None and octaves_apart(nearest[0], size) <= NEAR_OCTAVES:
         return nearest[1]
-    by_rule = rule(product, size, gpu, gathers)
+    by_rule = rule(product, size, gpu, possible)
     return by_rule if by_rule in possible else min(possible)
 
 

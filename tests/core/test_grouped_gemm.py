@@ -33,9 +33,12 @@ ONE_ROUNDING = {
 }
 
 
-# Where a GPU has kernels of its own architecture, those that run on every one are tested too; and those for few rows,
-# where a product has them.
-GPU_KERNELS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "cupy-portable", "cupy-rows")]
+# Where a GPU has kernels of its own architecture, those that run on every one are tested too.
+GPU_KERNELS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "cupy-portable")]
+# And those for few rows, by the tests of products that have them.
+WITH_FEW_ROWS = pytest.mark.parametrize(
+    "kind", ["numpy", *GPU_KERNELS, pytest.param("cupy-rows", marks=pytest.mark.gpu)], indirect=True
+)
 
 
 @pytest.fixture(scope="module", params=["numpy", *GPU_KERNELS])
@@ -86,6 +89,7 @@ def whole_numbers(rng, *shape):
     return rng.integers(-4, 5, shape).astype(float)
 
 
+@WITH_FEW_ROWS
 @given(
     group=groups(),
     inner=widths,
@@ -155,6 +159,7 @@ def test_wgrad_is_exact(
     assert numbers(kind, got).tolist() == rounded(want, out_dtype).tolist()
 
 
+@WITH_FEW_ROWS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("inner", "columns"), [(96, 80), (77, 45)])
 def test_products_round_once(kind, inner, columns, dtype):
@@ -186,6 +191,7 @@ def test_products_round_once(kind, inner, columns, dtype):
     )
 
 
+@WITH_FEW_ROWS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(1500, 90, 70), (40, 2100, 70), (40, 70, 2100)])
 def test_more_than_one_tile_in_every_direction(kind, rows, inner, columns, dtype):
@@ -438,6 +444,7 @@ def glu_cases(draw):
     )
 
 
+@WITH_FEW_ROWS
 @given(case=glu_cases(), keep_z=st.booleans())
 def test_glu(kind, case, keep_z):
     """Both outputs are rounded once: a comes from the unrounded z."""
@@ -540,6 +547,7 @@ def test_activation_far_out(kind, activation, dtype):
     assert_close(numbers(kind, dp), np.array([act.sum()]), W, "dp")
 
 
+@WITH_FEW_ROWS
 def test_nothing_to_do(kind):
     """No rows, no columns to sum, no groups with rows: shapes still hold, and results are zeros."""
     where = kind.array([0, 0, 0], "int32")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ffmoe_core.cuda import tiles
-from ffmoe_core.cuda.tiles import HOPPER, PRODUCTS, Gpu, Size, Tiles, choose, only, possible_tiles, rule
+from ffmoe_core.cuda.tiles import HOPPER, PRODUCTS, Gpu, Size, Tiles, choose, only, possible_tiles
 from ffmoe_core.errors import ConfigError
 
 CARD = Gpu("Card of these tests", 100, hopper=True)
@@ -50,6 +50,10 @@ def use_table(folder, monkeypatch, text):
     return path
 
 
+def by_rule(product, size, gpu, gathers=False):
+    return tiles.rule(product, size, gpu, possible_tiles(product, size, gpu, gathers))
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_the_nearest_measured_size_decides(card, product):
     assert choose(product, POINT, CARD) is Tiles.NARROW
@@ -64,7 +68,7 @@ def test_the_rule_decides_far_away_and_on_other_cards(card, product, hopper):
     far = Size(8, 2**20, 8192, 8192)
     for gpu, size in ((CARD, far), (UNMEASURED, POINT)):
         gpu = gpu._replace(hopper=hopper)
-        assert choose(product, size, gpu) is rule(product, size, gpu)
+        assert choose(product, size, gpu) is by_rule(product, size, gpu)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -75,7 +79,7 @@ def test_choices_are_possible_ones(card, product):
             size = Size(16, rows, width, 512)
             assert choose(product, size, CARD) in PRODUCTS[product]
             assert choose(product, size, portable) in PRODUCTS[product] - HOPPER
-            for one in possible_tiles(product, size, CARD, gathers=False):
+            for one in possible_tiles(product, size, CARD):
                 with only({one}):
                     assert choose(product, size, CARD) is one
 
@@ -87,12 +91,13 @@ def test_few_rows_have_a_kernel_of_their_own(gpu):
     for product in PRODUCTS:
         has_it = product in ("gemm_nk", "glu")
         for groups, rows in ((8, 2), (8, 32), (256, 1024)):
-            assert (rule(product, Size(groups, rows, 2048, 512), gpu) is Tiles.ROWS) == has_it
+            assert (by_rule(product, Size(groups, rows, 2048, 512), gpu) is Tiles.ROWS) == has_it
         for groups, rows in ((8, 33), (256, 1025), (1024, 4096)):
-            assert rule(product, Size(groups, rows, 2048, 512), gpu) is not Tiles.ROWS
+            assert by_rule(product, Size(groups, rows, 2048, 512), gpu) is not Tiles.ROWS
         with only({Tiles.ROWS}):
             assert (choose(product, Size(8, 1024, 2048, 512), gpu) is Tiles.ROWS) == has_it
             assert choose(product, Size(8, 1025, 2048, 512), gpu) is not Tiles.ROWS
+            assert choose(product, Size(8, 8, 2048, 512), gpu, in_chunks=True) is not Tiles.ROWS
 
 
 def test_the_rule():
@@ -102,22 +107,22 @@ def test_the_rule():
     """
     old = CARD._replace(hopper=False)
     for product in ("gemm_nk", "gemm_kn", "glu"):
-        assert rule(product, Size(8, 32768, 2048, 4096), old) is Tiles.WIDE
-        assert rule(product, Size(8, 32768, 1024, 4096), old) is Tiles.NARROW
-        assert rule(product, Size(8, 1024, 2048, 512), old) is Tiles.NARROW
-        assert rule(product, Size(512, 32768, 2048, 4096), old) is Tiles.NARROW
-    assert rule("glu_backward", Size(8, 32768, 2048, 4096), old) is Tiles.NARROW
-    assert rule("wgrad", Size(8, 32768, 1024, 4096), old) is Tiles.WIDE
-    assert rule("wgrad", Size(128, 32768, 1024, 4096), old) is Tiles.NARROW
-    assert rule("glu", Size(8, 32768, 1024, 4096), CARD) is Tiles.PACED
-    assert rule("glu", Size(8, 32768, 768, 4096), CARD) is Tiles.CLUSTER
-    assert rule("wgrad", Size(8, 32768, 4096, 4096), CARD) is Tiles.CLUSTER
+        assert by_rule(product, Size(8, 32768, 2048, 4096), old) is Tiles.WIDE
+        assert by_rule(product, Size(8, 32768, 1024, 4096), old) is Tiles.NARROW
+        assert by_rule(product, Size(8, 1024, 2048, 512), old) is Tiles.NARROW
+        assert by_rule(product, Size(512, 32768, 2048, 4096), old) is Tiles.NARROW
+    assert by_rule("glu_backward", Size(8, 32768, 2048, 4096), old) is Tiles.NARROW
+    assert by_rule("wgrad", Size(8, 32768, 1024, 4096), old) is Tiles.WIDE
+    assert by_rule("wgrad", Size(128, 32768, 1024, 4096), old) is Tiles.NARROW
+    assert by_rule("glu", Size(8, 32768, 1024, 4096), CARD) is Tiles.PACED
+    assert by_rule("glu", Size(8, 32768, 768, 4096), CARD) is Tiles.CLUSTER
+    assert by_rule("wgrad", Size(8, 32768, 4096, 4096), CARD) is Tiles.CLUSTER
     for product in ("gemm_nk", "gemm_kn"):
-        assert rule(product, Size(8, 32768, 768, 4096), CARD) is Tiles.TURNS
-        assert rule(product, Size(8, 32768, 2048, 4096), CARD) is Tiles.PACED_TURNS
-        assert rule(product, Size(8, 32768, 4096, 4096), CARD) is Tiles.PACED
-        assert rule(product, Size(8, 256, 2048, 4096), CARD) is Tiles.CLUSTER
-        assert rule(product, Size(8, 32768, 2048, 4096), CARD, gathers=True) is Tiles.PACED
+        assert by_rule(product, Size(8, 32768, 768, 4096), CARD) is Tiles.TURNS
+        assert by_rule(product, Size(8, 32768, 2048, 4096), CARD) is Tiles.PACED_TURNS
+        assert by_rule(product, Size(8, 32768, 4096, 4096), CARD) is Tiles.PACED
+        assert by_rule(product, Size(8, 256, 2048, 4096), CARD) is Tiles.CLUSTER
+        assert by_rule(product, Size(8, 32768, 2048, 4096), CARD, gathers=True) is Tiles.PACED
 
 
 @pytest.mark.parametrize("product", ["gemm_nk", "gemm_kn"])

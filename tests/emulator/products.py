@@ -204,9 +204,9 @@ def in_chunks(inner, columns, gather):
 @case([(40, 24), (136, 200), (1096, 264)], gather=True)
 @case([(40, 24), (136, 200), (1096, 264)], gather=False)
 def few_rows(inner, columns, gather):
-    """None, one, a tile and a bit; three are nobody's."""
+    """None, one, a tile and a bit; nobody's are more than a tile."""
     offsets = np.cumsum([0, 0, 1, 9, 0, 8, 3])
-    new, rows, groups = Arrays(gather), offsets[-1] + 3, len(offsets) - 1
+    new, rows, groups = Arrays(gather), offsets[-1] + 11, len(offsets) - 1
     index = new.rng.integers(0, TOKENS, rows) if gather else np.arange(rows)
     given = [KIND.array(offsets, "int32"), KIND.array(index, "int32") if gather else None]
     a, a_array = new.whole(TOKENS if gather else rows, inner)
