@@ -17,7 +17,9 @@ cdef enum:
     THREADS = 256
     SHARED_BYTES = 96 * 1024  # of dense_gemm.cu
     STEP = 64  # a part of the contraction is a multiple of
-    SPLIT_DEPTH = 512  # least contraction worth a block of its own, and adding it up
+    # least contraction worth a block of its own, and adding it up: on a multiprocessor without one, and beside another
+    SPLIT_DEPTH = 128
+    SECOND_SPLIT_DEPTH = 512
 
 cdef tuple ALL_TYPES = (<int>FLOAT32, <int>FLOAT64, <int>BFLOAT16, <int>FLOAT16)
 
@@ -65,7 +67,9 @@ cdef int dense_gemm(
     cdef int64_t splits = 1, processors = multiprocessor_count(space.device_id)
     # a long contraction with few tiles is split until every multiprocessor has work
     if 2 * tiles <= processors and rows is None:
-        splits = max(1, min(2 * processors // tiles, depth // SPLIT_DEPTH))
+        splits = max(
+            1, min(processors // tiles, depth // SPLIT_DEPTH), min(2 * processors // tiles, depth // SECOND_SPLIT_DEPTH)
+        )
     cdef int split_depth = <int>(divided_up(divided_up(depth, splits), STEP) * STEP)
     cdef int count = <int>divided_up(depth, split_depth) if depth > 0 else 1
     cdef Array parts = None

@@ -15,7 +15,9 @@ cdef enum:
     WARPGROUP = 128
     DEPTH_BYTES = 128     # of a row of a stage
     TILE_COST = 24        # what a tile costs beside reading its tokens, in tokens
-    FEWEST_TOKENS = 8192  # fewer give too few blocks work
+    # fewer give too few blocks work
+    FEWEST_TOKENS = 8192
+    FEWEST_LOGITS = 1 << 18
 
 # the stages that fit into shared memory, by the warpgroups that multiply
 cdef dict _STAGES = {1: 8, 2: 6, 3: 5}
@@ -39,7 +41,7 @@ def variants():
 cdef bint serves(Space space, Array x, Array gate, Array logits) except -1:
     """Whether this can be done here, and is faster."""
     return (
-        x.dims[0] >= FEWEST_TOKENS
+        (x.dims[0] >= FEWEST_TOKENS or x.dims[0] * gate.dims[0] >= FEWEST_LOGITS)
         and x.dtype == gate.dtype
         and logits.dtype == FLOAT32
         and sm90.serves(

@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, int64_t
 from ..arrays cimport FLOAT32, FLOAT64, UINT8, Array, Space, itemsize
 from . cimport gate_logits_few, gate_logits_sm90, gate_wgrad_sm90, router_dx
 from .dense_gemm cimport dense_gemm
+from .grouped_gemm cimport divided_up
 from .launch cimport Parameter, kernel
 from .placement cimport Plan, Slots, in_chunks, place_bytes
 
@@ -124,8 +125,7 @@ cdef Array _spread(Space space, Array chosen, Array topk_idx, int64_t num_expert
     cdef Parameter[6] params = [&chosen.data, &topk_idx.data, &out.data, &num_tokens, &experts, &top_k]
     if num_tokens > 0:
         kernel("spread.cu", "spread", _SPREAD_DEFINES[chosen.dtype], space.device_id, 0).launch(
-            <unsigned int>((num_tokens + SPREAD_WARPS - 1) // SPREAD_WARPS), 1, 1, 32 * SPREAD_WARPS, 0, space.stream,
-            params,
+            <unsigned int>divided_up(num_tokens, SPREAD_WARPS), 1, 1, 32 * SPREAD_WARPS, 0, space.stream, params,
         )
     return out
 
@@ -238,7 +238,7 @@ def route_backward(
         return
     cdef char* given_logits = logits.data if logits is not None else NULL
     cdef char* d_losses = grad_losses.data if grad_losses is not None else NULL
-    cdef int64_t num_rows = dp_rows.dims[0], warps = router.num_tokens, blocks
+    cdef int64_t num_rows = dp_rows.dims[0], blocks
     cdef tuple defines = _DEFINES[dlogits.dtype, _per_lane(dlogits.dtype, router.num_experts)]
     cdef int log_span = 0
     cdef Parameter[9] chosen_params
@@ -246,17 +246,16 @@ def route_backward(
     if config.sparse_gradient:
         while 1 << log_span < min(router.top_k, 32):
             log_span += 1
-        warps = (router.num_tokens + (32 >> log_span) - 1) // (32 >> log_span)
+        blocks = divided_up(router.num_tokens, <int64_t>BACKWARD_WARPS * (32 >> log_span))
         chosen_params = [
             &router, &given_logits, &topk_idx.data, &topk_weights.data, &token_rows.data, &dp_rows.data, &num_rows,
             &log_span, &dlogits.data,
         ]
         kernel("routing.cu", "route_backward_chosen", defines, space.device_id, 0).launch(
-            <unsigned int>((warps + BACKWARD_WARPS - 1) // BACKWARD_WARPS), 1, 1, 32 * BACKWARD_WARPS, 0,
-            space.stream, chosen_params,
+            <unsigned int>blocks, 1, 1, 32 * BACKWARD_WARPS, 0, space.stream, chosen_params,
         )
         return
-    blocks = min((warps + BACKWARD_WARPS - 1) // BACKWARD_WARPS, <int64_t>BACKWARD_BLOCKS)
+    blocks = min(divided_up(router.num_tokens, BACKWARD_WARPS), <int64_t>BACKWARD_BLOCKS)
     params = [
         &router, &given_logits, &topk_idx.data, &topk_weights.data, &tokens_per_expert.data, &token_rows.data,
         &dp_rows.data, &num_rows, &d_losses, &dlogits.data,

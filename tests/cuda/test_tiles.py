@@ -86,17 +86,17 @@ def test_choices_are_possible_ones(card, product):
 
 @pytest.mark.parametrize("gpu", [CARD, CARD._replace(hopper=False)])
 def test_few_rows_have_a_kernel_of_their_own(gpu):
-    """By the rule up to four a group, and up to 1024 wherever that is asked for; not every product has it."""
+    """By the rule up to four a group, and up to 128 wherever that is asked for; not every product has it."""
     gpu = gpu._replace(name="Another card")
     for product in PRODUCTS:
         has_it = product in ("gemm_nk", "glu")
-        for groups, rows in ((8, 2), (8, 32), (256, 1024)):
+        for groups, rows in ((8, 2), (8, 32), (256, 128)):
             assert (by_rule(product, Size(groups, rows, 2048, 512), gpu) is Tiles.ROWS) == has_it
-        for groups, rows in ((8, 33), (256, 1025), (1024, 4096)):
+        for groups, rows in ((8, 33), (256, 129), (1024, 4096)):
             assert by_rule(product, Size(groups, rows, 2048, 512), gpu) is not Tiles.ROWS
         with only({Tiles.ROWS}):
-            assert (choose(product, Size(8, 1024, 2048, 512), gpu) is Tiles.ROWS) == has_it
-            assert choose(product, Size(8, 1025, 2048, 512), gpu) is not Tiles.ROWS
+            assert (choose(product, Size(8, 128, 2048, 512), gpu) is Tiles.ROWS) == has_it
+            assert choose(product, Size(8, 129, 2048, 512), gpu) is not Tiles.ROWS
             assert choose(product, Size(8, 8, 2048, 512), gpu, in_chunks=True) is not Tiles.ROWS
 
 
