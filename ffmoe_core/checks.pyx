@@ -136,7 +136,8 @@ cdef Array mask_of(object valid_mask, int64_t num_tokens, Array x):
     cdef Array mask = view(valid_mask, "valid_mask")
     check_shape(mask, "valid_mask", "[T]", num_tokens)
     check_device(mask, "valid_mask", x, "x")
-    check_dtype(mask, "valid_mask", (<int>UINT8,))
+    if mask.dtype != UINT8:
+        raise DTypeError(f"valid_mask has dtype {mask.dtype_name}; expected bool or uint8")
     return mask
 
 
@@ -148,8 +149,10 @@ cdef int router_dtype(Array x) noexcept:
 cdef int check_finite(Space space, Array logits) except -1:
     """Checked mode (FFMOE_CHECK=1): the router's logits must be finite. Waits for the device."""
     cdef const char* checked = getenv("FFMOE_CHECK")  # os.environ costs as much as a kernel's launch
-    if checked == NULL or strcmp(checked, "1") != 0:
+    if checked == NULL or checked[0] == 0 or strcmp(checked, "0") == 0:
         return 0
+    if strcmp(checked, "1") != 0:
+        raise ConfigError(f"FFMOE_CHECK={checked.decode(errors='replace')!r} must be '1' (checked mode) or '0'")
     finite = np.isfinite(space.to_host(logits)).all(axis=1)
     if finite.all():
         return 0
@@ -163,3 +166,9 @@ cdef int check_finite(Space space, Array logits) except -1:
 def check_config(config, expected):
     if not isinstance(config, expected):
         raise ConfigError(f"config={config!r} must be a {expected.__name__}")
+
+
+def check_type(value, name, expected, source):
+    """``value`` is what ``source`` gives, and no other part of it."""
+    if not isinstance(value, expected):
+        raise ConfigError(f"{name} is a {type(value).__name__}; expected a {expected.__name__}, {source}")

@@ -79,16 +79,21 @@ class MoEConfig:
         _check_choice("activation", self.activation, ACTIVATIONS)
         _check_choice("gating", self.gating, GATINGS)
         _check_choice("drop_policy", self.drop_policy, DROP_POLICIES)
-        check_float("routed_scaling_factor", self.routed_scaling_factor)
-        check_float("aux_loss_coeff", self.aux_loss_coeff, 0.0)
-        check_float("z_loss_coeff", self.z_loss_coeff, 0.0)
+        for name, low in (
+            ("routed_scaling_factor", None),
+            ("aux_loss_coeff", 0.0),
+            ("z_loss_coeff", 0.0),
+            ("capacity_factor", None),
+        ):
+            value = getattr(self, name)
+            if value is None and name == "capacity_factor":
+                continue
+            check_float(name, value, low)
+            # of NumPy's own kind of float neither compilers nor its repr make a number
+            object.__setattr__(self, name, float(value))
         self._check_groups()
-        if self.capacity_factor is not None:
-            check_float("capacity_factor", self.capacity_factor)
-            if self.capacity_factor <= 0:
-                raise ConfigError(
-                    f"capacity_factor={self.capacity_factor} must be above 0, or None for dropless"
-                )
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ConfigError(f"capacity_factor={self.capacity_factor} must be above 0, or None for dropless")
         if self.max_tokens_per_expert is not None:
             _check_int("max_tokens_per_expert", self.max_tokens_per_expert, 1)
 

@@ -43,8 +43,8 @@ from .checks cimport (
 from .moe cimport RoutingParts, sums_of
 
 from .backend import backend_for
-from .checks import check_config
-from .comm.communicator import Step
+from .checks import check_config, check_type
+from .comm.communicator import Communicator, Step
 from .config import MAX_EXPERTS, MoEConfig
 from .errors import CommError, ConfigError
 from .moe import MoEGrads, check_capacity, packed_layout
@@ -103,6 +103,7 @@ class Underway:
         self.weighing = None  # (Array, Transfer): where the weights' gradients land, and when
 
     def take_arriving(self):
+        """Of each chunk's rows to the experts, for the caller to wait for; none if they were taken before."""
         taken, self.arriving = self.arriving, ()
         return taken
 
@@ -117,7 +118,10 @@ class ExpertParallelResult(NamedTuple):
 
 
 def expert_range(num_experts, ep_size, ep_rank):
-    """The experts of a rank. See expert_parallel.pyi."""
+    """The experts of a rank: runs as equal as can be, the longer ones on the first ranks.
+
+    Raises ConfigError for a rank that is not one of ``ep_size``.
+    """
     if not 0 <= ep_rank < ep_size:
         raise ConfigError(f"ep_rank={ep_rank} must be at least 0 and less than ep_size={ep_size}")
     size, longer = divmod(num_experts, ep_size)
@@ -126,9 +130,41 @@ def expert_range(num_experts, ep_size, ep_rank):
 
 
 class ExpertParallel:
-    """The exchanges and experts of one layer on one rank. See expert_parallel.pyi for shapes and errors."""
+    """One layer whose experts are spread over the ranks of a communicator.
+
+    Parameters
+    ----------
+    comm : the group. Every rank makes its layers, and calls their methods, in the same order, those without
+        tokens among them.
+    config : the options of the whole layer; ``num_experts`` is that of the group.
+    layer : a name for error messages.
+    loss_scope : "group": the losses and the balance are of all ranks' tokens, the same on every rank.
+        "local": of this rank's tokens.
+    ep_chunks : chunks of about the same length that each rank's tokens are cut into. While one is at the experts,
+        the next crosses. ``run_experts`` then sends rows home itself, chunk by chunk, so that ``combine`` accepts only
+        what it returned, and ``dispatch_backward`` only what ``run_experts_backward`` returned. Sums are the same; an
+        expert's rows stand in another order, chunk by chunk.
+    agree_on : further settings, by name, that must be the same on every rank.
+
+    ``experts`` is the range of this rank's experts. Tokens are dropped where they come from: a capacity bounds
+    what each rank sends an expert, ``capacity_factor`` by that rank's own T.
+
+    All gradients are those of the sum over ranks of each rank's own objective: those of w_up and w_down are
+    complete, those of gate_weight are this rank's part of a sum over ranks. Losses of the group are a part of
+    every rank's objective.
+
+    Raises
+    ------
+    ConfigError : the ranks differ in an option or, in the first call with a dtype, in that of x; the message names
+        it with every rank's value. More ranks than experts; an unknown ``loss_scope``; an ``ep_chunks`` that is no
+        whole number of at least 1, or with which a rank has more than 1024 pairs of chunk and expert, or of chunk and
+        rank. With chunks, ``combine`` and ``dispatch_backward`` of other rows than the experts', or ahead of them.
+    CommError : from any method: a rank is missing or has failed; see ``Communicator``. An error on this rank
+        becomes a CommError on the others.
+    """
 
     def __init__(self, comm, config, *, layer="", loss_scope="group", ep_chunks=1, agree_on=None):
+        check_type(comm, "comm", Communicator, "such as an MpiCommunicator or a NcclCommunicator")
         with aborting(comm):
             check_config(config, MoEConfig)
         self.comm = comm
@@ -175,6 +211,11 @@ class ExpertParallel:
         self, x, gate_weight, w_up, w_down, *,
         router_input=None, expert_bias=None, valid_mask=None, save_for_backward=True,
     ):
+        """The weighted output of the group's experts for this rank's tokens.
+
+        As ``moe_forward``, with this rank's experts only: w_up [experts, 2I, H] and w_down [experts, H, I].
+        T may differ from rank to rank and be 0.
+        """
         dispatched = self.dispatch(
             x, gate_weight, router_input=router_input, expert_bias=expert_bias, valid_mask=valid_mask
         )
@@ -188,6 +229,11 @@ class ExpertParallel:
         self, grad_output, result, x, gate_weight, w_up, w_down, *,
         router_input=None, grad_losses=None, w_up_grad=None, w_down_grad=None,
     ):
+        """Every gradient of ``forward``. As ``moe_backward``; see the class for what the gradients are of.
+
+        A ``result.z`` of None is recomputed, also after ``save_for_backward=False``. Raises ConfigError where
+        grad_losses is None and the losses are the group's.
+        """
         dispatched = result.dispatched
         d_rows = self.combine_backward(grad_output, dispatched)
         d_received, d_weights, weight_gradients = self.run_experts_backward(
@@ -205,6 +251,13 @@ class ExpertParallel:
     def dispatch(
         self, x, gate_weight, *, router_input=None, expert_bias=None, valid_mask=None, meanwhile=None
     ):
+        """Route this rank's tokens, x [T, W], and send each to the ranks of its experts.
+
+        W is d_model, unless the gate reads ``router_input`` [T, d_model]: then x can have any width. ``meanwhile``
+        is called while the host has yet to wait for the counts, to launch what can be computed until the tokens are
+        there: with the ``spared`` and ``spared_flop`` of ``glu_up`` that leave this exchange room, and those of
+        combine. On a stream of its own: the tokens leave when x's stream has done what was launched on it by then.
+        """
         with aborting(self.comm):
             return _dispatch(self, x, gate_weight, router_input, expert_bias, valid_mask, meanwhile)
 
@@ -212,6 +265,10 @@ class ExpertParallel:
         self, d_received, d_weights, dispatched, x, gate_weight, *,
         router_input=None, grad_losses=None, meanwhile=None,
     ):
+        """``(dx, d_router_input, d_gate_weight, result)``; d_router_input may be None.
+
+        ``finish = meanwhile()`` is called while d_received is on its way, and ``result = finish()`` when it is there.
+        """
         with aborting(self.comm):
             return _dispatch_backward(
                 self, d_received, d_weights, dispatched, x, gate_weight, router_input, grad_losses, meanwhile
@@ -220,34 +277,52 @@ class ExpertParallel:
     # --- this rank's experts ---
 
     def run_experts(self, received, dispatched, w_up, w_down, *, save_for_backward=True):
+        """``(rows [N, H], z)``: each received token's weighted sum over its experts on this rank."""
         with aborting(self.comm):
             return _run_experts(self, received, dispatched, w_up, w_down, save_for_backward)
 
     def run_experts_backward(self, d_rows, received, z, dispatched, w_up, w_down):
+        """``(d_received [N, H], d_weights [N, S], weight_gradients)``.
+
+        ``weight_gradients(w_up_grad=None, w_down_grad=None, scale=1.0)`` computes ``(dw_up, dw_down)``, times
+        ``scale``: left to the caller, so that it can be done while d_received is on its way. It launches what is to
+        run beside that, and returns a function that launches the rest and returns them. Arrays that it is given are
+        added to, and None comes in their place, as in ``moe_backward``.
+        """
         with aborting(self.comm):
             return _run_experts_backward(self, d_rows, received, z, dispatched, w_up, w_down)
 
     # --- combine ---
 
     def combine(self, rows, dispatched):
+        """[T, W]: rows [N, W] back where their tokens came from, and summed by token.
+
+        With losses of the group it also sums what they are made of over the ranks, and fills ``dispatched.losses`` and
+        ``dispatched.balance``.
+        """
         return self.finish_combine(self.start_combine(rows, dispatched), dispatched)
 
     def start_combine(self, rows, dispatched):
+        """Sends rows [N, W] home."""
         with aborting(self.comm):
             return _start_combine(self, rows, dispatched)
 
     def finish_combine(self, combining, dispatched, *, added=None):
+        """[T, W], as ``combine``, plus ``added`` [T, W] of the rows' dtype, such as a shared expert's output."""
         with aborting(self.comm):
             return _finish_combine(self, combining, dispatched, added)
 
     def combine_backward(self, grad_output, dispatched):
+        """[N, W] from grad_output [T, W]."""
         return self.finish_combine_backward(self.start_combine_backward(grad_output, dispatched))
 
     def start_combine_backward(self, grad_output, dispatched):
+        """Sends the gradients [T, W] to where the rows came from."""
         with aborting(self.comm):
             return _start_combine_backward(self, grad_output, dispatched)
 
     def finish_combine_backward(self, combining):
+        """[N, W], as ``combine_backward``."""
         with aborting(self.comm):
             for transfer in combining.transfers:
                 transfer.wait()

@@ -31,7 +31,22 @@ cdef enum:
 
 
 def glu_up(x, w_up, activation="swiglu", *, keep_z=True, out=None, spared=0, spared_flop=math.inf):
-    """The up-projection and its activation. See glu.pyi for shapes, dtypes and errors."""
+    """The first half of a dense GLU block: ``z = x @ w_up.T`` and ``a = act(z[:, :J]) * z[:, J:]``.
+
+    x [T, H] of any float dtype, T may be 0; w_up [2J, H], dtype of x, gate rows first, then up rows;
+    ``activation``: "swiglu", "geglu" (tanh approximation) or "relu_squared". Returns (a [T, J], z [T, 2J]), both
+    of x's dtype; z is what backward needs, and None with ``keep_z=False``. Accumulates in float32 (float64), and
+    a comes from the unrounded z. ``out``: arrays for both, (a, z), which are returned; z None with ``keep_z=False``.
+    Nothing waits for the device.
+
+    ``spared``: multiprocessors of a Hopper GPU left to other work, such as an exchange between GPUs, during the first
+    ``spared_flop`` floating-point operations, an estimate of what fits until that work is done. The rest is a second
+    launch that takes all multiprocessors. Other devices ignore it.
+
+    Raises ShapeError, DTypeError, DeviceError, LayoutError for arrays that do not fit, ConfigError for an unknown
+    activation, an ``out`` that is no such pair, and a ``spared`` or ``spared_flop`` out of range, OutOfMemoryError, and
+    MissingDependencyError for arrays on a GPU without CuPy.
+    """
     cdef Array tokens = tokens_of(x, "x", "[T, d_model]"), weight = view(w_up, "w_up")
     cdef int64_t T = tokens.dims[0], H = tokens.dims[1]
     cdef int64_t J = check_up(weight, tokens, "x")
@@ -57,7 +72,10 @@ def glu_up(x, w_up, activation="swiglu", *, keep_z=True, out=None, spared=0, spa
 
 
 def glu_down(a, w_down, *, out=None, spared=0, spared_flop=math.inf):
-    """The down-projection. See glu.pyi for shapes, dtypes and errors."""
+    """The second half: ``a @ w_down.T``, [T, H] in the dtype of a, for a [T, J] and w_down [H, J].
+
+    ``out``: [T, H], where to write it. See ``glu_up`` for the rest.
+    """
     cdef Array rows = tokens_of(a, "a", "[T, width]"), weight = view(w_down, "w_down")
     cdef int64_t T = rows.dims[0], J = rows.dims[1]
     check_down(weight, -1, J, rows, "a")
@@ -78,7 +96,13 @@ def glu_down(a, w_down, *, out=None, spared=0, spared_flop=math.inf):
 def glu_down_backward(
     grad_output, z, w_down, activation="swiglu", *, weight_grad=True, spared=0, spared_flop=math.inf
 ):
-    """Back through the down-projection and the activation. See glu.pyi for shapes, dtypes and errors."""
+    """Gradients of ``glu_down(a, w_down)`` for the z that a is made of: (dz [T, 2J], dw_down [H, J]).
+
+    grad_output [T, H]; z [T, 2J] as ``glu_up`` gave it, w_down [H, J], both of grad_output's dtype, and so are the
+    results. a is computed again from z. dw_down is None with ``weight_grad=False``; its product ignores ``spared``.
+
+    See ``glu_up`` for the rest.
+    """
     cdef Array d_out = tokens_of(grad_output, "grad_output", "[T, d_model]"), weight = view(w_down, "w_down")
     cdef int64_t T = d_out.dims[0], H = d_out.dims[1]
     check_down(weight, H, -1, d_out, "grad_output")
@@ -110,7 +134,12 @@ def glu_down_backward(
 
 
 def glu_up_backward(dz, x, w_up, *, x_grad=True, weight_grad=True):
-    """Back through the up-projection. See glu.pyi for shapes, dtypes and errors."""
+    """Gradients of ``z`` in ``glu_up(x, w_up)``: (dx [T, H], dw_up [2J, H]), in the dtype of x.
+
+    dz [T, 2J] as ``glu_down_backward`` gives it. dx is None with ``x_grad=False``, dw_up with ``weight_grad=False``.
+
+    Raises the errors of ``glu_up``.
+    """
     cdef Array tokens = tokens_of(x, "x", "[T, d_model]"), weight = view(w_up, "w_up")
     cdef int64_t T = tokens.dims[0], H = tokens.dims[1]
     cdef int64_t J = check_up(weight, tokens, "x")

@@ -15,9 +15,10 @@ import numpy as np
 
 from libc.stdint cimport int64_t
 
-from .arrays cimport UINT8, Array, Space, itemsize, padded, space_of, view
+from .arrays cimport CPU, UINT8, Array, Space, itemsize, padded, space_of, view
 from .checks cimport (
     bias_of,
+    check_apart,
     check_device,
     check_dtype,
     check_finite,
@@ -33,9 +34,9 @@ from .checks cimport (
 
 from .arrays import DTYPE_NAMES
 from .backend import backend_for
-from .checks import check_config
+from .checks import check_config, check_type
 from .config import MoEConfig
-from .errors import CapacityError, UnsupportedError
+from .errors import CapacityError, RoutingError, UnsupportedError
 from .plan import RoutingPlan, routing_layout
 
 
@@ -145,6 +146,15 @@ cdef class _Inputs:
             self.num_tokens, self.top_k, self.num_experts, self.router_dtype
         )
 
+    cdef int check_apart_from(self, Array out, str name) except -1:
+        """An output that overlaps none of the inputs."""
+        check_apart(out, name, self.x, "x")
+        check_apart(out, name, self.router_input, "router_input")
+        check_apart(out, name, self.gate_weight, "gate_weight")
+        check_apart(out, name, self.w_up, "w_up")
+        check_apart(out, name, self.w_down, "w_down")
+        return 0
+
 
 def moe_forward(
     x,
@@ -159,7 +169,33 @@ def moe_forward(
     save_for_backward=True,
     out=None,
 ):
-    """The routed experts' output for every token. See moe.pyi for shapes, dtypes and errors."""
+    """The routed experts' weighted output for every token.
+
+    Parameters
+    ----------
+    x : [T, H], float32, float64, bfloat16 or float16. T may be 0.
+    gate_weight : [E, H], dtype of x, or float32.
+    w_up : [E, 2I, H], dtype of x; gate rows first, then up rows.
+    w_down : [E, H, I], dtype of x.
+    router_input : [T, H], dtype of x: what the gate reads instead of x.
+    expert_bias : [E] float32, added to the scores for the selection only.
+    valid_mask : [T] bool or uint8; tokens with 0 are ignored: no expert, zero output, no part in losses.
+        What they hold must be finite all the same.
+    save_for_backward : False when no backward will follow; the result's ``saved`` is then None.
+    out : [T, H], dtype of x: where to write the output.
+
+    The router computes in float32 (float64 for float64 x), the experts accumulate in float32 (float64).
+    Nothing waits for the device, unless ``allow_dropped_tokens=False`` meets a capacity bound, or the
+    environment has ``FFMOE_CHECK=1``.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, LayoutError : an array does not fit, before any work starts.
+    CapacityError : more rows than the bound with ``allow_dropped_tokens=False``.
+    NonFiniteError : checked mode (``FFMOE_CHECK=1``) found NaN or infinite logits.
+    OutOfMemoryError : no room; nothing is lost, and a smaller call works.
+    MissingDependencyError : arrays on a GPU without CuPy.
+    """
     cdef _Inputs inputs = _Inputs(x, router_input, gate_weight, w_up, w_down, config)
     cdef Space space = inputs.space
     cdef int64_t T = inputs.num_tokens, R = inputs.num_rows, H = inputs.hidden
@@ -171,6 +207,7 @@ def moe_forward(
         output = view(out, "out")
         check_shape(output, "out", "[T, d_model]", T, H)
         check_output(out, output, "out", inputs.x, "x")
+        inputs.check_apart_from(output, "out")
     else:
         output = space.empty((T, H), dtype)
     backend = backend_for(space)
@@ -227,7 +264,22 @@ def moe_backward(
     w_up_grad=None,
     w_down_grad=None,
 ):
-    """Every gradient of ``moe_forward``. See moe.pyi for shapes, dtypes and errors."""
+    """Every gradient of ``moe_forward``, for the same inputs and what it saved.
+
+    Parameters
+    ----------
+    grad_output : [T, H], dtype of x.
+    saved : ``result.saved`` of the forward call with this config. A ``z`` of None is recomputed, with the same
+        bits.
+    grad_losses : [3], router dtype: the gradient of ``result.losses``; the third entry (the entropy, a
+        statistic) is ignored. None is zeros.
+    w_up_grad, w_down_grad : float32 (float64 for float64 x), shapes of w_up and w_down: the weight's gradient
+        is added to it, unrounded, and the result has None in its place. After an error in the middle of the
+        call, such as OutOfMemoryError, it may have been added or not.
+
+    Raises what ``moe_forward`` raises for arrays that do not fit, and UnsupportedError for what a forward
+    call with ``save_for_backward=False`` left.
+    """
     cdef _Inputs inputs = _Inputs(x, router_input, gate_weight, w_up, w_down, config)
     cdef Space space = inputs.space
     cdef int64_t T = inputs.num_tokens, R = inputs.num_rows, H = inputs.hidden
@@ -240,6 +292,7 @@ def moe_backward(
         raise UnsupportedError(
             "saved is None: the forward call had save_for_backward=False, which keeps nothing for backward"
         )
+    check_type(saved, "saved", MoESaved, "which is the saved of a MoEResult")
     cdef Array logits = None
     if config.keeps_logits:
         logits = view(saved.logits, "saved.logits")
@@ -259,6 +312,14 @@ def moe_backward(
     cdef RoutingParts routing = RoutingParts(block, inputs.routing_parts)
     cdef Array dw_up = sums_of(w_up_grad, "w_up_grad", "[num_experts, ffn_dim, d_model]", inputs.w_up)
     cdef Array dw_down = sums_of(w_down_grad, "w_down_grad", "[num_experts, d_model, ffn_dim // 2]", inputs.w_down)
+    for sums, name in ((dw_up, "w_up_grad"), (dw_down, "w_down_grad")):
+        if sums is not None:
+            inputs.check_apart_from(sums, name)
+            check_apart(sums, name, d_out, "grad_output")
+    if dw_up is not None and dw_down is not None:
+        check_apart(dw_up, "w_up_grad", dw_down, "w_down_grad")
+    if inputs.x.device_type == CPU:
+        _check_plan(space, routing, T, E)
     backend = backend_for(space)
 
     # pa and then dx_rows stand in the same place
@@ -320,6 +381,30 @@ def moe_backward(
         space.export(dw_up) if w_up_grad is None else None,
         space.export(dw_down) if w_down_grad is None else None,
     )
+
+
+cdef int _check_plan(Space space, RoutingParts routing, int64_t num_tokens, int64_t num_experts) except -1:
+    """A plan that names nothing but what is there. Of another call's ``saved`` the shapes may well fit.
+
+    On a GPU this would wait for the device.
+    """
+    cdef int64_t num_rows = routing.row_token.size
+    offsets = space.to_host(routing.expert_offsets)
+    rows = offsets[-1]
+    fits = offsets[0] == 0 and (np.diff(offsets) >= 0).all() and rows <= num_rows
+    for part, low, high in (
+        (routing.row_token, 0, num_tokens), (routing.token_rows, -1, num_rows), (routing.topk_idx, -1, num_experts),
+    ):
+        named = space.to_host(part)
+        if part is routing.row_token:
+            named = named[:rows]  # the others are nobody's
+        fits = fits and (named.size == 0 or (named.min() >= low and named.max() < high))
+    if not fits:
+        raise RoutingError(
+            "saved.routing names rows or experts that are not there: it is of no forward call with "
+            f"{num_tokens} tokens and this config; pass result.saved of the call with this x"
+        )
+    return 0
 
 
 cdef Array sums_of(object buffer, str name, str symbols, Array weight):

@@ -6,7 +6,9 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
-from .errors import ShapeError
+from .errors import ConfigError, DTypeError, ShapeError
+
+ROUTER_DTYPES = ("float32", "float64")
 
 
 class RoutingPlan(NamedTuple):
@@ -52,7 +54,12 @@ def routing_layout(
 
     The widest elements stand first, so that every field is aligned to its own and no byte is left over. The
     counts of experts stand last: where they are, seen from the end, does not depend on T.
+
+    Raises ConfigError for another ``router_dtype``.
     """
+    if router_dtype not in ROUTER_DTYPES:
+        known = ", ".join(map(repr, ROUTER_DTYPES))
+        raise ConfigError(f"router_dtype={router_dtype!r} is unknown; known: {known}")
     pairs = (num_tokens, top_k)
     rows = (num_tokens * top_k,)
     wanted = [
@@ -78,8 +85,12 @@ def unpack_routing(
 
     ``routing`` is the uint8 [n] array of a MoEResult (NumPy, CuPy or torch), made for the same T, K, E.
 
-    Raises ShapeError for a block that was not.
+    Raises ShapeError for a block of another size, DTypeError for what is no uint8 array, ConfigError for another
+    ``router_dtype``.
     """
+    if "uint8" not in str(getattr(routing, "dtype", "")):
+        given = getattr(routing, "dtype", type(routing).__name__)
+        raise DTypeError(f"routing is {given}; expected a uint8 array, the routing of a MoEResult")
     framework = sys.modules[type(routing).__module__.partition(".")[0]]
     layout = routing_layout(num_tokens, top_k, num_experts, router_dtype)
     if routing.shape != (layout.nbytes,):

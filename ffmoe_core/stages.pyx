@@ -25,10 +25,12 @@ from .checks cimport (
 )
 
 from .backend import backend_for
-from .checks import check_config
+from .checks import check_config, check_type
 from .config import DROP_POLICIES, MAX_EXPERTS, MoEConfig
 from .errors import ConfigError, RoutingError, ShapeError
 from .plan import RoutingPlan
+
+MAKES_PLANS = "which make_plan and unpack_routing give"
 
 
 class Routing(NamedTuple):
@@ -42,7 +44,14 @@ class Routing(NamedTuple):
 
 
 def route(x, gate_weight, config, *, expert_bias=None, valid_mask=None):
-    """Choose each token's experts. See stages.pyi for shapes, dtypes and errors."""
+    """Choose each token's K experts and their weights.
+
+    x [T, H] of any float dtype; gate_weight [E, H], dtype of x or float32; expert_bias [E] float32 (selection
+    only); valid_mask [T] bool or uint8. Logits and all that follows are float32 (float64 for float64 x).
+    Ties go to the lower expert index. Aux loss: Fedus et al. 2021, eq. 4; z-loss: Zoph et al. 2022, eq. 5.
+
+    Raises ShapeError, DTypeError, DeviceError, LayoutError for arrays that do not fit.
+    """
     check_config(config, MoEConfig)
     cdef Array tokens = view(x, "x")
     cdef int64_t E = config.num_experts, K = config.top_k, T
@@ -71,7 +80,15 @@ def route(x, gate_weight, config, *, expert_bias=None, valid_mask=None):
 
 
 def make_plan(topk_idx, topk_weights, num_experts, *, capacity=None, drop_policy="position", validate=True):
-    """Sort (token, expert) pairs by expert. See stages.pyi for shapes, dtypes and errors."""
+    """Sort (token, expert) pairs by expert, stably.
+
+    topk_idx [T, K] int32 in 0..E-1, or -1 for a pair that goes nowhere; topk_weights [T, K] float32 or
+    float64. ``capacity`` bounds an expert's rows; an overfull one keeps its first in token order
+    ("position") or its heaviest ("probs", ties to the earlier token). ``validate=False`` skips the check of
+    the indices, which reads them on the host and so waits for the device.
+
+    Raises RoutingError for an index that is no expert; ShapeError, DTypeError, DeviceError, ConfigError.
+    """
     cdef Array idx = view(topk_idx, "topk_idx")
     check_shape(idx, "topk_idx", "[T, K]", -1, -1)
     check_widths(idx, "topk_idx", "[T, K]")
@@ -103,11 +120,15 @@ def make_plan(topk_idx, topk_weights, num_experts, *, capacity=None, drop_policy
 
 
 def permute(x, plan, *, out=None):
-    """Rows sorted by expert from tokens. See stages.pyi for shapes, dtypes and errors."""
+    """[T, H] tokens to [T*K, H] rows sorted by expert; rows that belong to nobody are zero.
+
+    Raises ShapeError, DTypeError, DeviceError, LayoutError for arrays that do not fit.
+    """
     cdef Array tokens = view(x, "x")
     check_shape(tokens, "x", "[T, d_model]", -1, -1)
     check_widths(tokens, "x", "[T, d_model]")
     check_floating(tokens, "x")
+    check_type(plan, "plan", RoutingPlan, MAKES_PLANS)
     cdef Array token_rows = _plan_index(plan.token_rows, "plan.token_rows", "[T, K]", tokens, "x")
     cdef Array row_token = _plan_index(plan.row_token, "plan.row_token", "[T * K]", tokens, "x")
     cdef Array offsets = _plan_index(plan.expert_offsets, "plan.expert_offsets", "[E + 1]", tokens, "x")
@@ -124,8 +145,15 @@ def permute(x, plan, *, out=None):
 
 
 def combine(rows, plan, *, weighted=True, out=None):
-    """Each token's sum over its rows. See stages.pyi for shapes, dtypes and errors."""
+    """[T*K, H] rows to [T, H] tokens: each token's rows summed in the order of its K experts.
+
+    Weighted by ``plan.topk_weights`` (whose dtype is float64 for float64 rows, else float32), or plainly.
+    Dropped pairs add nothing. Accumulates in float32 (float64).
+
+    Raises ShapeError, DTypeError, DeviceError, LayoutError for arrays that do not fit.
+    """
     cdef Array source = view(rows, "rows")
+    check_type(plan, "plan", RoutingPlan, MAKES_PLANS)
     cdef Array token_rows = _plan_index(plan.token_rows, "plan.token_rows", "[T, K]", source, "rows")
     cdef Array weights = None
     check_shape(source, "rows", "[T * K, d_model]", token_rows.dims[0] * token_rows.dims[1], -1)
@@ -144,7 +172,15 @@ def combine(rows, plan, *, weighted=True, out=None):
 
 
 def grouped_gemm(a, b, expert_offsets, *, row_index=None, transpose_b=True, out=None, validate=True):
-    """A product a group of rows. See stages.pyi for shapes, dtypes and errors."""
+    """One product for each group of rows: ``out[r] = a[r] @ b[e].T`` for r in group e.
+
+    a [rows, K]; b [E, N, K] (``transpose_b``) or [E, K, N], dtype of a; expert_offsets [E+1] int32: group e
+    is rows ``expert_offsets[e]:expert_offsets[e+1]`` of the [R, N] result; rows past the last group are
+    zero. row_index [R] int32: row r of the product reads ``a[row_index[r]]``. Accumulates in float32
+    (float64). ``validate=False`` skips the check of offsets and indices, which waits for the device.
+
+    Raises RoutingError for offsets or indices out of range; ShapeError, DTypeError, DeviceError, LayoutError.
+    """
     cdef Array left = view(a, "a"), right = view(b, "b"), index
     cdef Array offsets = view(expert_offsets, "expert_offsets")
     check_shape(left, "a", "[rows, K]", -1, -1)
@@ -172,7 +208,15 @@ def grouped_gemm(a, b, expert_offsets, *, row_index=None, transpose_b=True, out=
 def grouped_gemm_wgrad(
     a, b, expert_offsets, *, a_index=None, b_index=None, out=None, accumulate=False, validate=True
 ):
-    """A product along each group of rows. See stages.pyi for shapes, dtypes and errors."""
+    """The weight-gradient twin: contracts each group's rows, ``out[e] = sum over r of outer(a[r], b[r])``.
+
+    a [rows, M], b [rows, N] of one dtype; a_index, b_index [R] int32: row r reads ``a[a_index[r]]``. The
+    result is [E, M, N]; groups without rows give zeros. ``out`` may have the dtype of a or float32 (float64
+    for float64), into which the sums go without rounding; ``accumulate=True`` adds them to what ``out`` holds.
+    See ``grouped_gemm`` for the rest.
+
+    Raises ConfigError for ``accumulate=True`` without ``out``.
+    """
     cdef Array left = view(a, "a"), right = view(b, "b"), left_index, right_index
     cdef Array offsets = view(expert_offsets, "expert_offsets")
     check_shape(left, "a", "[rows, M]", -1, -1)

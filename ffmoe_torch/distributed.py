@@ -18,13 +18,20 @@ from .sharded import ShardedExperts
 
 def shard_experts(model: nn.Module, ep_group: Any = None, ep_backend: str = "auto", **options: Any) -> None:
     """``MoELayer.shard_experts`` of every layer in ``model``, each named as in ``named_modules()``."""
+    _check_model(model)
     for name, module in model.named_modules():
         if isinstance(module, MoELayer):
             module.shard_experts(ep_group, ep_backend, **{"name": name or "MoELayer", **options})
 
 
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; expected the nn.Module that holds the layers")
+
+
 def get_dense_params(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of ``model`` that every rank holds alike: all but ``MoELayer.expert_params``."""
+    _check_model(model)
     expert = {
         id(parameter)
         for module in model.modules()
@@ -123,6 +130,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
     Raises ConfigError for a ``max_norm`` that is not a number of at least 0. Infinity asks for the norm alone.
     """
+    _check_model(model)
     sharded: dict[Communicator, list[nn.Parameter]] = {}
     for layer, experts in sharded_layers(model).items():
         sharded.setdefault(experts.comm, []).extend(layer.expert_params)

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from ffmoe_core import MoEConfig, MoEGrads, MoEResult, MoESaved, moe_backward, moe_forward, routing_layout
 from ffmoe_core.config import needs_logits
-from ffmoe_core.errors import ConfigError, DTypeError, ShapeError, UnsupportedError
+from ffmoe_core.errors import ConfigError, DTypeError, LayoutError, ShapeError, UnsupportedError
 
 # The options of a MoEConfig that travel through an operator, in this order. The widths follow from the
 # weights, and recompute_activations is the operator's keep_activations=False.
@@ -97,6 +97,11 @@ def fused_moe(
     """
     if not isinstance(recompute_activations, bool):
         raise ConfigError(f"recompute_activations={recompute_activations!r} must be True or False")
+    check_tensor(gate_weight, "gate_weight")
+    check_tensor(w_up, "w_up")
+    check_tensor(w_down, "w_down")
+    if expert_bias is not None:
+        check_tensor(expert_bias, "expert_bias")
     if gate_weight.dim() != 2:
         raise ShapeError(f"gate_weight has shape {tuple(gate_weight.shape)}; expected [num_experts, d_model]")
     if w_down.dim() != 3:
@@ -119,6 +124,7 @@ def fused_moe(
         aux_loss_coeff,
         z_loss_coeff,
     )
+    _check_kinds(options)
     output, losses, _ = routed_experts(
         as_tokens(x, "x", d_model),
         None if router_input is None else as_tokens(router_input, "router_input", d_model),
@@ -140,8 +146,37 @@ def options_of(config: MoEConfig) -> Options:
     return tuple(getattr(config, name) for name in _OPTIONS)
 
 
+# What an option of each kind may be; of an operator's argument torch would make one, or say what its schema is.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "an int"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "True or False"),
+    "str": ((str,), "a str"),
+}
+
+
+def _check_kinds(options: Options) -> None:
+    for (name, kind), value in zip(_OPTIONS.items(), options, strict=True):
+        types, wanted = _KINDS[kind.removesuffix("?")]
+        if value is None and kind.endswith("?"):
+            continue
+        if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
+            raise ConfigError(f"{name}={value!r} must be {wanted}{' or None' if kind.endswith('?') else ''}")
+
+
+def check_tensor(value: object, name: str) -> None:
+    """A torch tensor with strides; DTypeError or LayoutError."""
+    if not isinstance(value, Tensor):
+        raise DTypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
+    if value.layout is not torch.strided:
+        raise LayoutError(
+            f"{name} has layout {value.layout}; expected torch.strided: pass a dense or padded tensor"
+        )
+
+
 def as_tokens(x: Tensor, name: str, d_model: int) -> Tensor:
     """x [*, H] as contiguous [T, H]."""
+    check_tensor(x, name)
     if x.dim() == 0 or x.shape[-1] != d_model:
         raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected [*, d_model] with d_model={d_model}")
     if x.dim() != 2:
@@ -151,6 +186,7 @@ def as_tokens(x: Tensor, name: str, d_model: int) -> Tensor:
 
 def as_token_mask(valid_mask: Tensor, x: Tensor) -> Tensor:
     """valid_mask [*] as contiguous [T], for x [*, H]."""
+    check_tensor(valid_mask, "valid_mask")
     if valid_mask.dtype != torch.bool:
         raise DTypeError(f"valid_mask has dtype {valid_mask.dtype}; expected torch.bool")
     if valid_mask.shape != x.shape[:-1]:

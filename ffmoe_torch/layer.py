@@ -25,6 +25,7 @@ from .functional import (
     InjectLosses,
     as_token_mask,
     as_tokens,
+    check_tensor,
     losses_by_name,
     options_of,
     routed_experts,
@@ -80,8 +81,11 @@ class MoELayer(nn.Module):
         Where they are sharded, scaled as ``grad_reduction`` says.
     device, dtype : of the parameters. dtype is float32, float64, bfloat16 or float16.
 
+    Sizes and options are those the layer was made with; ``jitter`` and ``main_grad`` may be set later.
+
     Parameters are ``gate.weight`` [E, H], ``w_up`` [E, 2I, H] (gate rows first), ``w_down`` [E, H, I],
-    ``shared_expert.*``, ``proj_down.weight`` [L, H] and ``proj_up.weight`` [H, L].
+    ``shared_expert.*``, ``proj_down.weight`` [L, H] and ``proj_up.weight`` [H, L]. ``gate`` holds the router's weight
+    and is never called: hooks on it do not run, and a bias would be ignored.
 
     Raises
     ------
@@ -160,10 +164,6 @@ class MoELayer(nn.Module):
             raise DTypeError(f"dtype={dtype} is not supported; supported: {', '.join(map(str, DTYPES))}")
 
         self.config = config
-        self.d_model = d_model
-        self.ffn_dim = ffn_dim
-        self.num_experts = num_experts
-        self.top_k = top_k
         self.num_shared_experts = num_shared_experts
         self.latent_dim = latent_dim
         self.jitter = jitter
@@ -196,19 +196,45 @@ class MoELayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming-uniform with a=sqrt(5), each expert's matrices by themselves; the gate's times 0.01."""
+        """Kaiming-uniform with a=sqrt(5), each expert's matrices by themselves; the gate's times 0.01.
+
+        Where experts are sharded, and ranks' generators in the same state, what a layer in one process would get: each
+        rank draws all experts, and keeps its own.
+        """
         nn.init.kaiming_uniform_(self.gate.weight, a=math.sqrt(5))
+        own = range(self.num_experts) if self._sharded is None else self._sharded.expert_parallel.experts
         with torch.no_grad():
             self.gate.weight.mul_(0.01)
             for weights in (self.w_up, self.w_down):
-                for expert in weights:
-                    nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
+                for expert in range(self.num_experts):
+                    drawn = weights[expert - own.start] if expert in own else torch.empty_like(weights[0])
+                    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
         for module in (self.shared_expert, self.proj_down, self.proj_up):
             if module is not None:
                 module.reset_parameters()
         for buffer in (self.expert_bias, self.expert_counts):
             if buffer is not None:
                 buffer.zero_()
+
+    @property
+    def d_model(self) -> int:
+        """H, the width of a token."""
+        return self.config.d_model
+
+    @property
+    def ffn_dim(self) -> int:
+        """2*I: gate and up rows of an expert stacked."""
+        return self.config.ffn_dim
+
+    @property
+    def num_experts(self) -> int:
+        """E, of all ranks."""
+        return self.config.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """K experts a token."""
+        return self.config.top_k
 
     @property
     def expert_params(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -330,7 +356,7 @@ class MoELayer(nn.Module):
     ) -> None:
         """Spread the experts over the ranks of a group: keep this rank's, and let go of the others.
 
-        To be called on every rank, before the optimizer is made and after ``to(device)``. From then on ``w_up``
+        To be called on every rank, after ``to(device)`` and before an optimizer's first step. From then on ``w_up``
         and ``w_down`` hold the experts ``expert_range(num_experts, ep_size, ep_rank)``, and every rank must call
         forward and backward of its layers in the same order, with no tokens if it has none. A capacity bounds
         what each rank sends to an expert. ``torch.compile`` breaks its graph at the exchanges.
@@ -384,8 +410,9 @@ class MoELayer(nn.Module):
         own = slice(expert_parallel.experts.start, expert_parallel.experts.stop)
         for weights in ("w_up", "w_down"):
             parameter = getattr(self, weights)
-            kept = nn.Parameter(parameter.detach()[own].clone(), requires_grad=parameter.requires_grad)
-            setattr(self, weights, kept)
+            # the same object: an optimizer that has it already goes on with it
+            parameter.data = parameter.detach()[own].clone()
+            parameter.grad = None
 
     def stats(self) -> MoEStats:
         """Statistics of the last forward call; of a call without tokens where there was none.
@@ -511,7 +538,9 @@ def _main_grads(**weights: Tensor) -> dict[str, Tensor]:
             continue
         buffer = getattr(weight, "main_grad", None)
         wanted = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        if buffer is None:
+        if buffer is not None:
+            check_tensor(buffer, f"{name}.main_grad")
+        else:
             raise ConfigError(
                 f"{name} has no main_grad; with main_grad=True, give {name}.main_grad a {wanted} tensor of shape "
                 f"{tuple(weight.shape)} before the first forward"

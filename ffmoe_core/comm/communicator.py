@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Transfer(Protocol):
         """What was received may be read, and what was sent overwritten. Raises CommError."""
 
 
+@runtime_checkable
 class Communicator(Protocol):
     """A group of ranks that exchange arrays.
 

@@ -2,6 +2,7 @@
 
 import operator
 import os
+from functools import partial
 
 from ..errors import ConfigError
 
@@ -28,11 +29,7 @@ cdef int num_threads() noexcept nogil:
 def set_num_threads(n):
     """Use ``n`` threads (1 to 1024) in every later call of the CPU backend. Results do not depend on it.
 
-    The default is OMP_NUM_THREADS, or the number of cores this process may run on.
-
-    Raises
-    ------
-    ConfigError : ``n`` is not an int from 1 to 1024.
+    Raises ConfigError if ``n`` is not an int from 1 to 1024.
     """
     global _num_threads
     try:
@@ -42,6 +39,11 @@ def set_num_threads(n):
     if not 1 <= count <= MAX_THREADS:
         raise ConfigError(f"num_threads={n!r} must be an int from 1 to {MAX_THREADS}")
     _num_threads = count
+
+
+if hasattr(os, "register_at_fork"):
+    # The child has none of the OpenMP runtime's threads, and the runtime would wait for them for ever.
+    os.register_at_fork(after_in_child=partial(set_num_threads, 1))
 
 
 def get_num_threads():

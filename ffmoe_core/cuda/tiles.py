@@ -28,15 +28,24 @@ from .compile import import_cupy
 class Tiles(IntEnum):
     """Kernels, and the tiles they work in; the numbers are those of grouped_gemm.pyx."""
 
-    NARROW = 1  # mma.sync, 128x128; two blocks on a multiprocessor
-    WIDE = 2  # mma.sync, 128x256
-    CLUSTER = 3  # wgmma, 128x256, two blocks that share an operand
-    PACED = 4  # the same, and all blocks begin their n-th tile together
-    TURNS = 5  # wgmma, 128x192, two blocks as above; a block's two warpgroups take turns with whole tiles
-    PACED_TURNS = 6  # the same, and all blocks begin their n-th tile together
-    ROWS = 7  # mma.sync, 8 rows by 16 columns a warp: for few rows, at the rate of reading the weights
+    NARROW = 1
+    WIDE = 2
+    CLUSTER = 3
+    PACED = 4
+    TURNS = 5
+    PACED_TURNS = 6
+    ROWS = 7
 
 
+DESCRIPTIONS = {
+    Tiles.NARROW: "mma.sync, tiles of 128x128, two blocks on a multiprocessor",
+    Tiles.WIDE: "mma.sync, tiles of 128x256",
+    Tiles.CLUSTER: "wgmma, tiles of 128x256, two blocks that share an operand",
+    Tiles.PACED: "as CLUSTER, and all blocks begin their n-th tile together",
+    Tiles.TURNS: "wgmma, tiles of 128x192, shared likewise; a block's two warpgroups take turns with whole tiles",
+    Tiles.PACED_TURNS: "as TURNS, and all blocks begin their n-th tile together",
+    Tiles.ROWS: "mma.sync, 8 rows by 16 columns a warp, at the rate of reading the weights",
+}
 TURNS = frozenset({Tiles.TURNS, Tiles.PACED_TURNS})
 HOPPER = frozenset({Tiles.CLUSTER, Tiles.PACED}) | TURNS
 _EVERYWHERE = frozenset(Tiles) - TURNS - {Tiles.ROWS}  # for every product
@@ -53,7 +62,9 @@ WIDE_WGRAD_DEPTH = 512
 TILE_ROWS = 128
 TURNS_DEPTH = 2048  # longer contractions gain more by wide tiles than by tile ends that cost nothing
 PACED_DEPTH = 1024  # the operands of a shorter one stay in the second-level cache without pace, too
-MOST_ROWS = 128  # of Tiles.ROWS, which read the weights once for every 8 of a group, and they may be all of one
+MOST_ROWS = (
+    128  # of Tiles.ROWS, which read the weights once for every 8 of a group, and they may be all of one
+)
 ROWS_OF_A_GROUP = 4  # on average: more are worth tiles that keep them in shared memory
 NEAR_OCTAVES = 4.0  # a factor of 2 in one size is an octave
 
@@ -232,10 +243,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("shape", type=_sizes, metavar="T,H,I,E,K")
     parser.add_argument("--gpu", choices=sorted(table()), help="default: this machine's first")
     args = parser.parse_args(arguments)
-    gpu = table()[args.gpu].gpu if args.gpu else gpu_of(0)
+    try:
+        gpu = table()[args.gpu].gpu if args.gpu else gpu_of(0)
+    except Exception as error:  # whatever a missing CuPy, driver or GPU raises
+        parser.error(
+            f"no GPU can be asked here ({error}); name a measured one with --gpu: {', '.join(sorted(table()))}"
+        )
     print(f"{gpu.name}, {'measured' if gpu.name in table() else 'by rule'}")
     for name, (product, size) in layer_products(*args.shape).items():
-        print(f"{name:14} {choose(product, size, gpu).name}")
+        tiles = choose(product, size, gpu)
+        print(f"{name:14} {tiles.name:12} {DESCRIPTIONS[tiles]}")
 
 
 if __name__ == "__main__":

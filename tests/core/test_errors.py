@@ -1,5 +1,7 @@
 """Every mistake of a user is refused by its own error, whose message names the argument and the value."""
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -373,6 +375,54 @@ def test_backward_of_other_tokens(kind):
     assert isinstance(saved, MoESaved)
 
 
+def test_backward_of_a_call_whose_arrays_are_as_large():
+    """Twice the tokens with half the experts each; on a GPU the plan's numbers can't be looked at without waiting."""
+    kind, other = NumpyKind(), replace(CONFIG, top_k=1)
+    arrays = layer_arrays(kind)
+    weights = [arrays[name] for name in ("gate_weight", "w_up", "w_down")]
+    saved = moe_forward(kind.full((2 * T, H), 1, "float32"), *weights, other).saved
+    with refused(errors.RoutingError, r"^saved\.routing", f"{T} tokens"):
+        moe_backward(arrays["x"], saved, arrays["x"], *weights, CONFIG)
+    wild = saved._replace(routing=np.full_like(saved.routing, 77))
+    with refused(errors.RoutingError, r"^saved\.routing"):
+        moe_backward(arrays["x"], wild, arrays["x"], *weights, CONFIG)
+
+
+def test_saved_that_is_something_else(kind):
+    arrays = layer_arrays(kind)
+    inputs = [arrays[n] for n in ("x", "gate_weight", "w_up", "w_down")]
+    result = moe_forward(*inputs, CONFIG)
+    for wrong in (result, result.saved._asdict(), result.routing):
+        with refused(errors.ConfigError, "^saved is a", type(wrong).__name__, "MoESaved"):
+            moe_backward(arrays["x"], wrong, *inputs, CONFIG)
+
+
+def test_outputs_of_a_layer_that_are_its_inputs(kind):
+    arrays = layer_arrays(kind)
+    del arrays["out"]
+    for name in ("x", "router_input"):
+        with refused(errors.LayoutError, f"^out overlaps {name}"):
+            moe_forward(**arrays, config=CONFIG, out=arrays[name])
+    with refused(errors.LayoutError, "^out overlaps w_down"):
+        moe_forward(**arrays, config=CONFIG, out=arrays["w_down"].reshape(-1, H)[:T])
+    inputs = [arrays[n] for n in ("x", "gate_weight", "w_up", "w_down")]
+    saved = moe_forward(*inputs, CONFIG).saved
+    sums = kind.full((2 * E, 2 * WIDTH, H), 0, "float32")
+    for given, words in (
+        ({"w_up_grad": arrays["w_up"]}, "^w_up_grad overlaps w_up"),
+        ({"w_down_grad": arrays["w_down"]}, "^w_down_grad overlaps w_down"),
+        (
+            {
+                "w_up_grad": sums[:E],
+                "w_down_grad": sums.reshape(-1)[8:][: E * H * WIDTH].reshape(E, H, WIDTH),
+            },
+            "^w_up_grad overlaps w_down_grad",
+        ),
+    ):
+        with refused(errors.LayoutError, words):
+            moe_backward(arrays["x"], saved, *inputs, CONFIG, **given)
+
+
 # --- stages ---
 
 
@@ -588,6 +638,36 @@ def test_unpacking_the_routing_of_another_call(kind):
         unpack_routing(result.routing, 4, 2, 4)
 
 
+@pytest.mark.parametrize("routing", [None, [1, 2], np.zeros(16, "int8"), np.zeros(16)], ids=label)
+def test_unpacking_what_is_no_routing(routing):
+    with refused(errors.DTypeError, "^routing is", "uint8"):
+        unpack_routing(routing, 4, 2, 4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int32"])
+def test_a_router_dtype_that_is_none(dtype):
+    with refused(errors.ConfigError, f"^router_dtype='{dtype}'", "float32", "float64"):
+        unpack_routing(np.zeros(16, "uint8"), 4, 2, 4, dtype)
+
+
+def test_a_plan_that_is_none(kind):
+    x = kind.full((3, 4), 0, "float32")
+    for wrong in (
+        None,
+        route(x, kind.full((2, 4), 0, "float32"), MoEConfig(**GOOD | {"d_model": 4, "num_experts": 2})),
+    ):
+        for stage in (permute, combine):
+            with refused(
+                errors.ConfigError, f"^plan is a {type(wrong).__name__}", "RoutingPlan", "make_plan"
+            ):
+                stage(x, wrong)
+
+
+def test_no_communicator():
+    with refused(errors.ConfigError, "^comm is a str", "Communicator"):
+        ffmoe_core.ExpertParallel("all", CONFIG)
+
+
 def test_rows_or_tokens_that_are_not_the_plans(kind):
     plan = good_plan(kind)
     assert isinstance(plan, RoutingPlan)
@@ -619,6 +699,15 @@ def test_checked_mode_finds_non_finite_gate_inputs(kind, where, value, monkeypat
         with refused(errors.NonFiniteError, *words):
             route(arrays["x"], arrays["gate_weight"], CONFIG)
     monkeypatch.setenv("FFMOE_CHECK", "0")
+    moe_forward(**arrays, config=CONFIG)
+
+
+def test_checked_mode_is_on_or_off(monkeypatch):
+    arrays = layer_arrays(NumpyKind())
+    monkeypatch.setenv("FFMOE_CHECK", "true")
+    with refused(errors.ConfigError, "^FFMOE_CHECK='true'", "'1'", "'0'"):
+        moe_forward(**arrays, config=CONFIG)
+    monkeypatch.setenv("FFMOE_CHECK", "")
     moe_forward(**arrays, config=CONFIG)
 
 
@@ -742,6 +831,32 @@ def test_thread_count(threads):
     with refused(errors.ConfigError, f"{threads!r}", "thread"):
         set_num_threads(threads)
     assert ffmoe_core.get_num_threads() == before
+
+
+FORK = """
+import os, signal
+import numpy as np
+import ffmoe_core as core
+config = core.MoEConfig(d_model=64, ffn_dim=64, num_experts=4, top_k=2)
+rng = np.random.default_rng(0)
+arrays = [rng.standard_normal(shape).astype("f") for shape in ((256, 64), (4, 64), (4, 64, 64), (4, 64, 32))]
+core.set_num_threads(2)
+wanted = core.moe_forward(*arrays, config).output
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # what waits for ever is ended
+    same = np.array_equal(core.moe_forward(*arrays, config).output, wanted)
+    os._exit(0 if same and core.get_num_threads() == 1 else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert core.get_num_threads() == 2
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_computes():
+    """It has none of its parent's OpenMP threads, for which the runtime would wait for ever."""
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_out_of_memory_leaves_the_layer_usable(monkeypatch):

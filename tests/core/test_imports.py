@@ -1,12 +1,15 @@
 """What is imported when, and in which direction."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import ffmoe_core
 
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "ffmoe_core"
@@ -24,6 +27,19 @@ def test_importing_the_core_imports_no_framework():
     loaded = modules_after("import ffmoe_core")
     assert "ffmoe_core.moe" in loaded
     assert not {"cupy", "torch", "jax", "mpi4py", "cuda", "ml_dtypes", "ffmoe_torch"} & loaded
+
+
+def test_help_tells_what_functions_take():
+    """At runtime, where the sources of compiled modules are not at hand."""
+    for name in ffmoe_core.__all__:
+        value = getattr(ffmoe_core, name)
+        assert value.__doc__, name
+        assert "pyi" not in value.__doc__
+        if inspect.isclass(value):
+            methods = [m for key, m in vars(value).items() if callable(m) and not key.startswith("_")]
+            assert all(method.__doc__ for method in methods), name
+        elif inspect.signature(value).parameters:
+            assert "Raises" in value.__doc__ or "See" in value.__doc__, name
 
 
 def test_a_layer_of_numpy_arrays_imports_no_framework():

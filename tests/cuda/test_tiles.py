@@ -6,7 +6,7 @@ import pytest
 
 from ffmoe_core.cuda import tiles
 from ffmoe_core.cuda.tiles import HOPPER, PRODUCTS, Gpu, Size, Tiles, choose, only, possible_tiles
-from ffmoe_core.errors import ConfigError
+from ffmoe_core.errors import ConfigError, MissingDependencyError
 
 CARD = Gpu("Card of these tests", 100, hopper=True)
 UNMEASURED = CARD._replace(name="Another card")
@@ -164,9 +164,21 @@ def test_choices_are_shown(card, capsys):
     tiles.main(["2048,1024,512,8,2", "--gpu", CARD.name])
     shown = capsys.readouterr().out
     assert shown.startswith(f"{CARD.name}, measured\n")
-    products = dict(line.split() for line in shown.splitlines()[1:])
+    products = {line.split()[0]: line for line in shown.splitlines()[1:]}
     assert list(products) == ["up", "down", "d-activation", "dW_down", "dW_up", "d-input"]
-    assert products["up"] == "NARROW"
+    assert products["up"].split()[1] == "NARROW"
+    assert products["up"].endswith(tiles.DESCRIPTIONS[Tiles.NARROW])
+    assert set(tiles.DESCRIPTIONS) == set(Tiles)
+
+
+def test_without_a_gpu_to_ask_one_is_to_be_named(card, capsys, monkeypatch):
+    def no_gpu():
+        raise MissingDependencyError("no CuPy")
+
+    monkeypatch.setattr(tiles, "import_cupy", no_gpu)
+    with pytest.raises(SystemExit):
+        tiles.main(["2048,1024,512,8,2"])
+    assert f"no CuPy); name a measured one with --gpu: {CARD.name}" in capsys.readouterr().err
 
 
 def test_the_shipped_table_is_read():

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import tempfile
+from contextlib import nullcontext
 from functools import cache, partial
 from itertools import pairwise
 
@@ -249,7 +250,8 @@ def check_state(got, wanted, experts):
     """Whether state dicts are the same but for rounding, where ``got`` has some of the experts."""
     assert list(got) == list(wanted)
     for name, want in wanted.items():
-        want = want[list(experts)] if name.endswith(("w_up", "w_down")) else want
+        of_experts = name.endswith(("w_up", "w_down")) and "shared_expert" not in name
+        want = want[list(experts)] if of_experts else want
         value = got[name].full_tensor() if isinstance(got[name], DTensor) else got[name]
         torch.testing.assert_close(
             value.cpu(), want, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
@@ -390,11 +392,46 @@ def main_grads_under_autocast_and_compiled(comm):
 
 @case
 def main_grads_from_before_the_experts_were_spread(comm):
+    """They are of all experts, which is one too many where there is more than one rank."""
     layer = with_sums(make_layer(main_grad=True), 0.0)
     layer.shard_experts(MPI.COMM_WORLD, "mpi", ep_timeout=19)  # used up here
     x, _, cuts = make_tokens([4] * comm.size)
-    with pytest.raises(ConfigError, match="w_up has no main_grad"):  # the parameters are new ones
+    with pytest.raises(ShapeError, match=r"w_up\.main_grad has shape") if comm.size > 1 else nullcontext():
         layer(x[cuts[comm.rank]])
+
+
+@case
+def parameters_that_are_drawn_again(comm):
+    """As in one process, so that what all ranks hold alike stays so; also for a layer that was on the meta device."""
+    options = {"num_shared_experts": 1, "latent_dim": 9}
+    whole, layer = make_layer(**options), make_layer(**options)
+    shard_experts(layer, comm)
+    with torch.device("meta"):
+        empty = make_layer(**options)
+    shard_experts(empty, comm)
+    own = expert_range(7, comm.size, comm.rank)
+    for drawn in (layer, empty.to_empty(device="cpu")):
+        torch.manual_seed(3)
+        whole.reset_parameters()
+        torch.manual_seed(3)
+        drawn.reset_parameters()
+        check_state(drawn.state_dict(), whole.state_dict(), own)
+
+
+@case
+def an_optimizer_made_before(comm):
+    """Experts are the parameters that it knows, and so it trains them."""
+    x, target, cuts = make_tokens([8] * comm.size)
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    shard_experts(model, comm)
+    before = [weights.detach().clone() for layer in model.layers for weights in layer.expert_params]
+    mine = (tensor[cuts[comm.rank]] for tensor in (x, target))
+    train(model, *mine, lambda: 0.0, optimizer=optimizer)
+    after = [weights for layer in model.layers for weights in layer.expert_params]
+    for old, new in zip(before, after, strict=True):
+        assert (old != new).any(dim=(1, 2)).all()
 
 
 @case

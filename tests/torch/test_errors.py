@@ -3,11 +3,12 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from ffmoe_core import errors
-from ffmoe_torch import MoELayer, clip_grad_norm_, communicator, fused_moe
+from ffmoe_torch import MoELayer, clip_grad_norm_, communicator, fused_moe, get_dense_params
 from tests.torch.checks import SIZES, make_layer, random_tokens
 
 
@@ -61,6 +62,69 @@ def test_options_of_the_function(device):
         fused_moe(x, layer.gate.weight, layer.w_up, layer.w_down, 2)
         with pytest.raises(errors.ConfigError, match=message):
             fused_moe(x, layer.gate.weight, layer.w_up, layer.w_down, **options)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_kinds_of_options_however_the_function_is_called(compiled):
+    """Autocast and compilers hand options to an operator, which would make a bool of a 1, or tell of its schema."""
+    layer, x = make_layer("cpu"), random_tokens(5).detach()
+    call = torch.compile(fused_moe, fullgraph=True, backend="eager") if compiled else fused_moe
+    for options, message in [
+        ({"top_k": True}, "top_k=True must be an int"),
+        ({"top_k": "2"}, "top_k='2' must be an int"),
+        ({"top_k": [2]}, r"top_k=\[2\] must be an int"),
+        ({"top_k": 2, "norm_topk_prob": 1}, "norm_topk_prob=1 must be True or False"),
+        ({"top_k": 2, "activation": ["swiglu"]}, r"activation=\['swiglu'\] must be a str"),
+        ({"top_k": 2, "capacity_factor": "1"}, "capacity_factor='1' must be a number or None"),
+    ]:
+        # a compiler that follows the call tells of the error as its own
+        error = Exception if compiled else errors.ConfigError
+        with pytest.raises(error, match=message), torch.autocast("cpu", torch.bfloat16, enabled=not compiled):
+            call(x, layer.gate.weight, layer.w_up, layer.w_down, **options)
+
+
+def test_floats_of_numpy(device):
+    """NumPy's float64 is a float of Python; compilers and the capacity take it as one."""
+    x = random_tokens(5, device=device)
+    layer = make_layer(device, capacity_factor=np.float64(1.25), aux_loss_coeff=np.float64(0.1))
+    assert {type(layer.config.aux_loss_coeff), type(layer.config.capacity_factor)} == {float}
+    layer(x)
+    fused_moe(x, layer.gate.weight, layer.w_up, layer.w_down, 2, capacity_factor=np.float64(1.25))
+
+
+def test_what_is_no_tensor():
+    layer, x = make_layer("cpu", main_grad=True), random_tokens(5).detach()
+    for wrong in (x.numpy(), [[0.0] * 24], "x", None):
+        with pytest.raises(
+            errors.DTypeError, match=f"x is a {type(wrong).__name__}; expected a torch.Tensor"
+        ):
+            layer(wrong)
+    with pytest.raises(errors.DTypeError, match=r"valid_mask is a list"):
+        layer(x, [True] * 5)
+    with pytest.raises(errors.LayoutError, match=r"x has layout torch\.sparse_coo"):
+        layer(x.to_sparse())
+    weights = {
+        "gate_weight": layer.gate.weight,
+        "w_up": layer.w_up,
+        "w_down": layer.w_down,
+        "expert_bias": None,
+    }
+    for name in weights:
+        with pytest.raises(errors.DTypeError, match=f"{name} is a list"):
+            fused_moe(x, **weights | {name: [0.0]}, top_k=2)
+    layer.w_up.main_grad = [1]
+    with pytest.raises(errors.DTypeError, match=r"w_up\.main_grad is a list"):
+        layer(x)
+    with pytest.raises(errors.ConfigError, match="model is a generator"):
+        clip_grad_norm_(layer.parameters(), 1.0)
+    with pytest.raises(errors.ConfigError, match="model is a list"):
+        get_dense_params([layer])
+
+
+@pytest.mark.parametrize("name", ["d_model", "ffn_dim", "num_experts", "top_k"])
+def test_sizes_stay_as_they_were_made(name):
+    with pytest.raises(AttributeError, match=name):
+        setattr(make_layer("cpu"), name, 4)
 
 
 BAD_INPUTS = [
