@@ -1,7 +1,8 @@
 """ffmoe_core: the runtime of a mixture-of-experts layer, for arrays of any framework.
 
 Every function takes NumPy arrays, CuPy arrays, torch tensors or anything else that speaks DLPack, works
-where they live, on the caller's stream, and answers in the caller's own kind.
+where they live, on the caller's stream, and answers in the caller's own kind. None of them is seen by autograd:
+gradients are functions of their own, such as ``moe_backward``. For torch's there is ``ffmoe_torch``.
 """
 
 from .config import MoEConfig

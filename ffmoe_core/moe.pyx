@@ -390,8 +390,8 @@ cdef int _check_plan(Space space, RoutingParts routing, int64_t num_tokens, int6
     """
     cdef int64_t num_rows = routing.row_token.size
     offsets = space.to_host(routing.expert_offsets)
-    rows = offsets[-1]
-    fits = offsets[0] == 0 and (np.diff(offsets) >= 0).all() and rows <= num_rows
+    first, rows = offsets.take([0, -1])
+    fits = first == 0 and (np.diff(offsets) >= 0).all() and rows <= num_rows
     for part, low, high in (
         (routing.row_token, 0, num_tokens), (routing.token_rows, -1, num_rows), (routing.topk_idx, -1, num_experts),
     ):
