@@ -35,6 +35,7 @@ ONE_ROUNDING = {
 
 # Where a GPU has kernels of its own architecture, those that run on every one are tested too.
 GPU_KERNELS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "cupy-portable")]
+ON_A_GPU = pytest.mark.parametrize("kind", GPU_KERNELS, indirect=True)
 # And those for few rows, by the tests of products that have them.
 WITH_FEW_ROWS = pytest.mark.parametrize(
     "kind", ["numpy", *GPU_KERNELS, pytest.param("cupy-rows", marks=pytest.mark.gpu)], indirect=True
@@ -43,20 +44,11 @@ WITH_FEW_ROWS = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module", params=["numpy", *GPU_KERNELS])
 def kind(request):
-    yield from kind_of(request.param)
-
-
-@pytest.fixture(scope="module", params=GPU_KERNELS)
-def cupy_kind(request):
-    yield from kind_of(request.param)
-
-
-def kind_of(name):
-    if name == "numpy":
+    if request.param == "numpy":
         yield NumpyKind()
-    elif name == "cupy":
+    elif request.param == "cupy":
         yield CupyKind()
-    elif name == "cupy-rows":
+    elif request.param == "cupy-rows":
         with only({Tiles.ROWS}):
             yield CupyKind()
     else:
@@ -298,20 +290,21 @@ def test_groups_in_chunks(kind, inner, columns, dtype):
     assert bits(kind, gradients[0]) == bits(kind, gradients[1])
 
 
+@ON_A_GPU
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("out_dtype", ["float32", "same"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_wgrad_of_wide_tiles(cupy_kind, dtype, out_dtype, accumulate):
+def test_wgrad_of_wide_tiles(kind, dtype, out_dtype, accumulate):
     """Deep and wide enough for the widest tiles of the tensor cores; exact, as above."""
     rng, rows, left, right = np.random.default_rng(5), 3300, 1024, 1544
     a, b = whole_numbers(rng, rows, left), whole_numbers(rng, rows, right)
     before = whole_numbers(rng, 3, left, right)
     offsets = np.array([0, 1500, 1500, 3290])
     out_dtype = dtype if out_dtype == "same" else out_dtype
-    out = cupy_kind.array(before, out_dtype)
-    arrays = [cupy_kind.array(a, dtype), cupy_kind.array(b, dtype), cupy_kind.array(offsets, "int32")]
+    out = kind.array(before, out_dtype)
+    arrays = [kind.array(a, dtype), kind.array(b, dtype), kind.array(offsets, "int32")]
     grouped_gemm_wgrad(*arrays, out=out, accumulate=accumulate)
-    got = numbers(cupy_kind, out)
+    got = numbers(kind, out)
     for e in range(3):
         mine = slice(offsets[e], offsets[e + 1])
         want = a[mine].T @ b[mine] + (before[e] if accumulate else 0)
@@ -360,10 +353,11 @@ MANY_TILES = np.cumsum(
 MANY_ROWS = MANY_TILES[-1] + 77
 
 
+@ON_A_GPU
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize(("inner", "columns"), [(200, 600), (1032, 2312)])
-def test_more_tiles_than_blocks(cupy_kind, inner, columns, indexed, dtype):
+def test_more_tiles_than_blocks(kind, inner, columns, indexed, dtype):
     """A block that takes several tiles, each as exact as the first; widths that fill no tile.
 
     Contractions as deep as the second keep Hopper's blocks in step with each other.
@@ -372,19 +366,19 @@ def test_more_tiles_than_blocks(cupy_kind, inner, columns, indexed, dtype):
     index = rng.integers(0, 500, MANY_ROWS) if indexed else None
     a = whole_numbers(rng, 500 if indexed else MANY_ROWS, inner)
     b, d = whole_numbers(rng, experts, columns, inner), whole_numbers(rng, MANY_ROWS, columns)
-    arrays = [cupy_kind.array(v, dtype) for v in (a, b, d)]
-    offsets = cupy_kind.array(MANY_TILES, "int32")
-    picks = None if index is None else cupy_kind.array(index, "int32")
-    out = cupy_kind.full((MANY_ROWS, columns), np.nan, dtype)
+    arrays = [kind.array(v, dtype) for v in (a, b, d)]
+    offsets = kind.array(MANY_TILES, "int32")
+    picks = None if index is None else kind.array(index, "int32")
+    out = kind.full((MANY_ROWS, columns), np.nan, dtype)
     grouped_gemm(arrays[0], arrays[1], offsets, row_index=picks, out=out)
-    back = cupy_kind.full((MANY_ROWS, inner), np.nan, dtype)
+    back = kind.full((MANY_ROWS, inner), np.nan, dtype)
     grouped_gemm(arrays[2], arrays[1], offsets, transpose_b=False, out=back)
     left, right = (
-        cupy_kind.full((experts, *shape), np.nan, dtype) for shape in ((columns, inner), (inner, columns))
+        kind.full((experts, *shape), np.nan, dtype) for shape in ((columns, inner), (inner, columns))
     )
     grouped_gemm_wgrad(arrays[2], arrays[0], offsets, b_index=picks, out=left)
     grouped_gemm_wgrad(arrays[0], arrays[2], offsets, a_index=picks, out=right)
-    out, back, left, right = (numbers(cupy_kind, v) for v in (out, back, left, right))
+    out, back, left, right = (numbers(kind, v) for v in (out, back, left, right))
     rows = a if index is None else a[index]
     for e in range(experts):
         mine = slice(MANY_TILES[e], MANY_TILES[e + 1])
@@ -397,36 +391,35 @@ def test_more_tiles_than_blocks(cupy_kind, inner, columns, indexed, dtype):
     assert (back[MANY_TILES[-1] :] == 0).all()
 
 
+@ON_A_GPU
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("hidden", "width", "activation"), [*((136, 328, a) for a in ACTIVATIONS), (1032, 1800, "swiglu")]
 )
-def test_glu_of_more_tiles_than_blocks(cupy_kind, hidden, width, activation, dtype):
+def test_glu_of_more_tiles_than_blocks(kind, hidden, width, activation, dtype):
     rng, experts = np.random.default_rng(7), len(MANY_TILES) - 1
     x = rounded(rng.standard_normal((500, hidden)), dtype)
     w_up = rounded(rng.standard_normal((experts, 2 * width, hidden)) / hidden**0.5, dtype)
     w_down = rounded(rng.standard_normal((experts, hidden, width)) / hidden**0.5, dtype)
     index, weights = rng.integers(0, 500, MANY_ROWS), rounded(rng.random(MANY_ROWS), "float32")
-    z = cupy_kind.full((MANY_ROWS, 2 * width), np.nan, dtype)
-    a, pa = (cupy_kind.full((MANY_ROWS, width), np.nan, dtype) for _ in range(2))
-    dz, dp = cupy_kind.full(z.shape, np.nan, dtype), cupy_kind.full((MANY_ROWS,), np.nan, "float32")
-    tokens, offsets = cupy_kind.array(x, dtype), cupy_kind.array(MANY_TILES, "int32")
-    picks = cupy_kind.array(index, "int32")
-    call_stage(
-        cupy_kind, "grouped_glu", tokens, cupy_kind.array(w_up, dtype), offsets, picks, activation, z, a
-    )
-    got_z = numbers(cupy_kind, z)
+    z = kind.full((MANY_ROWS, 2 * width), np.nan, dtype)
+    a, pa = (kind.full((MANY_ROWS, width), np.nan, dtype) for _ in range(2))
+    dz, dp = kind.full(z.shape, np.nan, dtype), kind.full((MANY_ROWS,), np.nan, "float32")
+    tokens, offsets = kind.array(x, dtype), kind.array(MANY_TILES, "int32")
+    picks = kind.array(index, "int32")
+    call_stage(kind, "grouped_glu", tokens, kind.array(w_up, dtype), offsets, picks, activation, z, a)
+    got_z = numbers(kind, z)
     want_z, want_a = reference.grouped_glu(x, w_up, MANY_TILES, index, activation)
     assert_rounded_once(got_z, want_z, dtype, "z")
-    assert_rounded_once(numbers(cupy_kind, a), want_a, dtype, "a")
+    assert_rounded_once(numbers(kind, a), want_a, dtype, "a")
     call_stage(
-        cupy_kind, "grouped_glu_backward", tokens, cupy_kind.array(w_down, dtype), offsets, picks,
-        cupy_kind.array(weights, "float32"), z, activation, dz, pa, dp,
+        kind, "grouped_glu_backward", tokens, kind.array(w_down, dtype), offsets, picks,
+        kind.array(weights, "float32"), z, activation, dz, pa, dp,
     )  # fmt: skip
     wanted = reference.grouped_glu_backward(x, w_down, MANY_TILES, index, weights, got_z, activation)
-    assert_rounded_once(numbers(cupy_kind, dz), wanted[0], dtype, "dz")
-    assert_rounded_once(numbers(cupy_kind, pa), wanted[1], dtype, "pa")
-    assert_close(numbers(cupy_kind, dp), wanted[2], "float32", "dp", scale=1.0)
+    assert_rounded_once(numbers(kind, dz), wanted[0], dtype, "dz")
+    assert_rounded_once(numbers(kind, pa), wanted[1], dtype, "pa")
+    assert_close(numbers(kind, dp), wanted[2], "float32", "dp", scale=1.0)
 
 
 @st.composite
