@@ -196,6 +196,7 @@ def grouped_gemm(a, b, expert_offsets, *, row_index=None, transpose_b=True, out=
     cdef Space space = space_of(a, left)
     index = _row_index(space, row_index, "row_index", left, "a", validate)
     cdef int64_t num_rows = left.dims[0] if index is None else index.dims[0]
+    check_rows(num_rows, 1)
     if validate:
         _check_offset_values(space, offsets, num_rows)
     cdef Array product = output_of(space, out, "out", (num_rows, right.dims[1 if transpose_b else 2]), left, "a")

@@ -9,8 +9,8 @@
 // tensor cores truncate.
 //
 // A block computes a 128x128 tile. Operands come in their own type through a ring of shared-memory stages
-// filled with cp.async, and are split in registers. All widths must divide by 8 and all arrays be 16-byte
-// aligned; grouped_gemm_simt.cu has no such wish.
+// filled with cp.async, and are split in registers. All arrays must be 16-byte aligned, and their rows whole pieces of 16
+// bytes; where rows are added, the columns must divide by 8. grouped_gemm_simt.cu has no such wishes.
 //
 // Defines: A_TYPE, B_TYPE, OUT_TYPE (codes of types.cuh, none of them float64), TRANSPOSE_A, TRANSPOSE_B 0|1.
 
@@ -329,6 +329,14 @@ __device__ __forceinline__ void share(const Accumulators& acc) {
     __syncthreads();
 }
 
+// A thread's columns of a row; of float32 the last ones may be half as many.
+template <class Out>
+__device__ __forceinline__ void store_columns(const float (&values)[WIDTH], Out* to, int left) {
+    if constexpr (sizeof(Out) == 4)
+        if (left < WIDTH) return store_vector(to, Vector<float, 4>{values[0], values[1], values[2], values[3]});
+    store_values(values, to);
+}
+
 // The tile of shared sums, of which so many rows and columns exist, goes to out; add(values, row, column) has finished
 // ROWS of a thread's rows before.
 template <int ROWS, class Out, class Add>
@@ -342,7 +350,8 @@ __device__ __forceinline__ void store_tile(int rows, int columns, Out* out, int6
         add(values, row, column);
 #pragma unroll
         for (int i = 0; i < ROWS; ++i)
-            if (row + i * STRIDE < rows) store_values(values[i], out + (row + i * STRIDE) * pitch + column);
+            if (row + i * STRIDE < rows)
+                store_columns(values[i], out + (row + i * STRIDE) * pitch + column, columns - column);
     }
 }
 

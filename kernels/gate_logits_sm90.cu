@@ -3,7 +3,7 @@
 // A block stays, and computes 64 tokens for each of its warpgroups that multiply by 128 experts, one such tile after the
 // other. One thread keeps a ring of stages filled, 64 deep each, also while the warpgroups store a tile. The tensor cores
 // truncate where they add to their sums: what they add up is a stage, and stages are added in float32, rounded to the
-// nearest. Both widths must divide by 8 and all arrays be 16-byte aligned.
+// nearest. The depth must divide by 8, the number of experts by 2, and all arrays be 16-byte aligned.
 //
 // Defines: X_TYPE (code of types.cuh), CONSUMERS: the warpgroups that multiply, and STAGES.
 

@@ -26,7 +26,7 @@ constexpr int STEPS_AHEAD = 4;
 
 using Piece = Vector<uint32, 4>;  // 8 elements
 
-// The rows of a block's tile; none where an earlier block has them.
+// The rows of a block's tile; none where an earlier block has them, or before the first group's.
 struct Rows {
     int first, count;
     bool of_group;
@@ -40,7 +40,8 @@ __device__ __forceinline__ Rows rows_of_block(const int* offsets, int num_groups
     const int group = warp_sum(before);
     const bool of_group = group < num_groups;
     const int begin = offsets[group], end = of_group ? min(offsets[group + 1], num_rows) : num_rows;
-    return {row, uint32(row - begin) % ROWS == 0 ? min(end - row, ROWS) : 0, of_group, group};
+    const bool begins = row >= begin && (row - begin) % ROWS == 0;
+    return {row, begins ? min(end - row, ROWS) : 0, of_group, group};
 }
 
 __device__ __forceinline__ Piece weights_or_zeros(const X* from, bool there) {

@@ -407,6 +407,7 @@ __device__ __forceinline__ void multiply_rows(
                 if (GATHER) arrive_after_copies(ring.full());
             }
         }
+        if (threadIdx.x == 0) let_later_kernels_come();
     };
     const auto multiply_all = [&] {
         Walk walk(shared().tiles, rows.num_groups, rows.column_tiles);
@@ -446,7 +447,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const __grid_constant__ TensorMap out_map, const int* offsets, const int* row_index, X* out,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles, uint32* due, int* drawn
 ) {
-    after_earlier_kernels();
+    wait_for_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
     const Rows rows = {a, a_map, groups, row_index, num_groups, depth, column_tiles, due, drawn};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
@@ -482,7 +483,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const int* row_index, X* z, X* a,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, uint32* due, int* drawn
 ) {
-    after_earlier_kernels();
+    wait_for_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
     const Rows rows = {x, x_map, groups, row_index, num_groups, depth, column_tiles, due, drawn};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
@@ -565,7 +566,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     float* dp_parts,
     int num_groups, int num_rows, int chunks, int chunk, int depth, int intermediate, int column_tiles, uint32* due, int* drawn
 ) {
-    after_earlier_kernels();
+    wait_for_earlier_kernels();
     const GroupRows groups = {offsets, num_rows, chunks, chunk};
     const Rows rows = {dout, dout_map, groups, row_index, num_groups, depth, column_tiles, due, drawn};
     const auto copy_part = [&](uint32 to, const Tile& tile, int k, uint32 full) {
@@ -695,7 +696,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const __grid_constant__ TensorMap out_map, const int* offsets, const int* index, type_of<OUT_TYPE>* out,
     int num_groups, int chunks, int a_columns, int b_columns, int row_tiles, int column_tiles, double scale, int* drawn
 ) {
-    after_earlier_kernels();
+    wait_for_earlier_kernels();
     const auto rows_of = [&](int group) -> Span {
         const int begin = same_in_warp(offsets[group * chunks]);
         return {begin, same_in_warp(offsets[(group + 1) * chunks]) - begin};
@@ -764,6 +765,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
             if (at >= tiles) {
                 begin_stage(at, 0);
                 arrive_after_copies(ring.full());
+                if (threadIdx.x == 0) let_later_kernels_come();
                 break;
             }
             const Part tile = find(at);

@@ -124,7 +124,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     int num_groups, int num_rows, int chunks, int chunk, int depth, int columns, int column_tiles,
     uint32* due, int* drawn
 ) {
-    after_earlier_kernels();
+    wait_for_earlier_kernels();
     if (threadIdx.x == 0) shared().queue.init();
     if (threadIdx.x < 32)
         shared().tiles.fill({offsets, num_rows, chunks, chunk}, num_groups, Walk::ROWS, column_tiles);
@@ -173,6 +173,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
                 copy_own<ROWS, false>(ring.own(), a_map, tile.first, k, 0, ring.full());
             }
         }
+        let_later_kernels_come();
         // each of the two that multiply wants to see the end
         drawer.ask();
         proceed();

@@ -3,13 +3,14 @@
 // The terms of a number are its rounding to bfloat16, and the rounding of what that leaves. A row becomes its first
 // terms followed by its second ones. The same launch writes where equal parts of the rows begin, as the offsets of
 // groups.
+//
+// Defines: WIDTH, the elements that a thread splits: 8, or 4; it divides the columns.
 
 #include "common/epilogue.cuh"
 #include "common/launch_order.cuh"
 #include "common/types.cuh"
 
 constexpr int THREADS = 256;
-constexpr int WIDTH = 8;  // elements that a thread splits; divides the columns
 
 __device__ __forceinline__ void note_offsets(int* offsets, int num_rows, int num_parts, int part_rows) {
     const int64 i = blockIdx.x * int64(THREADS) + threadIdx.x;

@@ -1,12 +1,12 @@
 """The router's products on an NVIDIA GPU: logits, their gradient by x, and by the gate's weight.
 
-Matrices whose widths divide by 8 go to the tensor cores (dense_gemm.cu), which are as exact as float32; all
-others, and float64, to grouped_gemm_simt.cu.
+Matrices whose rows are whole pieces of 16 bytes go to the tensor cores (dense_gemm.cu), which are as exact as float32;
+all others, and float64, to grouped_gemm_simt.cu.
 """
 
 from libc.stdint cimport int64_t, uintptr_t
 
-from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Array, Space
+from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Array, Space, itemsize
 from .grouped_gemm cimport address, divided_up, in_vectors, sum_parts
 from .launch cimport Parameter, kernel, multiprocessor_count
 
@@ -77,8 +77,12 @@ cdef int dense_gemm(
         parts = space.empty((count, num_rows, columns), FLOAT64 if out.dtype == FLOAT64 else FLOAT32)
     cdef uintptr_t parts_at = address(parts)
     cdef int vectors = in_vectors(addresses | parts_at, width_a | width_b, columns)
+    # rows that are added are read 8 columns at a time
+    cdef int64_t row_bytes = columns * (itemsize(out.dtype) if rows is None else 2)
     cdef bint tensor = (
-        out.dtype != FLOAT64 and (width_a | width_b | columns) % 8 == 0 and (addresses | parts_at) % 16 == 0
+        out.dtype != FLOAT64
+        and (width_a * itemsize(a.dtype) | width_b * itemsize(b.dtype) | row_bytes) % 16 == 0
+        and (addresses | parts_at) % 16 == 0
     )
     if rows is not None:
         num_added = <int>rows.dims[0]

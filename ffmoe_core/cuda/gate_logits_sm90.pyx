@@ -44,9 +44,8 @@ cdef bint serves(Space space, Array x, Array gate, Array logits) except -1:
         (x.dims[0] >= FEWEST_TOKENS or x.dims[0] * gate.dims[0] >= FEWEST_LOGITS)
         and x.dtype == gate.dtype
         and logits.dtype == FLOAT32
-        and sm90.serves(
-            x.dtype, address(x) | address(gate) | address(logits), x.dims[1] | gate.dims[0], 1, space.device_id
-        )
+        and gate.dims[0] % 2 == 0  # of a row's logits two are stored at a time
+        and sm90.serves(x.dtype, address(x) | address(gate) | address(logits), x.dims[1], 1, space.device_id)
     )
 
 

@@ -15,7 +15,6 @@ from .launch cimport Parameter, kernel, multiprocessor_count
 
 cdef enum:
     TERMS = 2
-    WIDTH = 8             # of kernels/terms.cu
     THREADS = 256
     TILE = 256            # rows and columns that a cluster of two blocks computes
     STEP = 64             # tokens that a part is a multiple of
@@ -24,9 +23,15 @@ cdef enum:
     FEWEST_TOKENS = 4096  # fewer are not worth three launches
 
 
+# by the elements that a thread splits: a row has a whole number of threads
+cdef dict _DEFINES = {width: (f"WIDTH={width}",) for width in (8, 4)}
+
+
 def variants():
     """Every (file, entry, defines) that this module can launch."""
-    return [("terms.cu", entry, ()) for entry in ("split_terms", "chosen_terms")]
+    return [
+        ("terms.cu", entry, defines) for defines in _DEFINES.values() for entry in ("split_terms", "chosen_terms")
+    ]
 
 
 cdef bint serves(Space space, Array d_logits, Array x, Array d_gate) except -1:
@@ -36,7 +41,7 @@ cdef bint serves(Space space, Array d_logits, Array x, Array d_gate) except -1:
         and d_logits.dtype == FLOAT32
         and d_gate.dtype == BFLOAT16
         and sm90.serves(
-            x.dtype, address(d_logits) | address(x) | address(d_gate), d_gate.dims[0] | x.dims[1], MOST_PARTS,
+            x.dtype, address(d_logits) | address(x) | address(d_gate), TERMS * d_gate.dims[0] | x.dims[1], MOST_PARTS,
             space.device_id,
         )
     )
@@ -67,20 +72,21 @@ cdef int gate_wgrad(Space space, Array d_logits, Array topk_idx, Array x, Array 
     cdef Array terms = space.empty((T, TERMS * E), BFLOAT16)
     cdef Array offsets = space.empty((parts + 1,), INT32)
     cdef Array sums = space.empty((parts, TERMS * E, H), FLOAT32)
-    cdef int64_t pieces = E // WIDTH  # a thread's
+    cdef int width = 8 if E % 8 == 0 else 4
+    cdef int64_t pieces = E // width  # a thread's
     cdef Parameter[7] split_params = [
         &d_logits.data, &terms.data, &offsets.data, &T, &E, &parts, &part_rows
     ]
     cdef Parameter[9] chosen_params
     if topk_idx is None:
-        kernel("terms.cu", "split_terms", (), space.device_id, 0).launch(
+        kernel("terms.cu", "split_terms", _DEFINES[width], space.device_id, 0).launch(
             <unsigned int>divided_up(T * pieces, THREADS), 1, 1, THREADS, 0, space.stream, split_params
         )
     else:
         chosen_params = [
             &d_logits.data, &topk_idx.data, &terms.data, &offsets.data, &T, &E, &top_k, &parts, &part_rows
         ]
-        kernel("terms.cu", "chosen_terms", (), space.device_id, 0).launch(
+        kernel("terms.cu", "chosen_terms", _DEFINES[width], space.device_id, 0).launch(
             <unsigned int>divided_up(T, THREADS // pieces), 1, 1, THREADS, 0, space.stream, chosen_params
         )
     sm90.grouped_gemm_wgrad(space, terms, x, offsets, None, None, sums, False, 1)

@@ -160,8 +160,8 @@ cdef Kernel kernel(str file, str entry, tuple defines, int device_id, unsigned i
         compute_capability(device_id) >= EARLY_START_CAPABILITY
         and import_cupy().cuda.runtime.driverGetVersion() >= EARLY_START_DRIVER
     )
-    kernels[key] = made
-    return made
+    # of threads that come to it at the same time all get the first one's
+    return <Kernel>kernels.setdefault(key, made)
 
 
 cdef void* primary_context(int device_id) except? NULL:

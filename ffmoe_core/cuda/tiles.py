@@ -62,9 +62,9 @@ WIDE_WGRAD_DEPTH = 512
 TILE_ROWS = 128
 TURNS_DEPTH = 2048  # longer contractions gain more by wide tiles than by tile ends that cost nothing
 PACED_DEPTH = 1024  # the operands of a shorter one stay in the second-level cache without pace, too
-MOST_ROWS = (
-    128  # of Tiles.ROWS, which read the weights once for every 8 of a group, and they may be all of one
-)
+# Of Tiles.ROWS, which read the weights once for every 8 rows of a group, and they may be all of one. (grouped_gemm.pyx
+# asks for rows in octaves.)
+MOST_ROWS = 128
 ROWS_OF_A_GROUP = 4  # on average: more are worth tiles that keep them in shared memory
 NEAR_OCTAVES = 4.0  # a factor of 2 in one size is an octave
 

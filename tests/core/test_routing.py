@@ -310,11 +310,13 @@ def test_route_and_sort_do_what_both_do(
         (250, 264, 24),
         (2600, 40, 24),
         (67, 130, 5),
+        (300, 136, 60),
         (8257, 264, 40),
+        (8257, 136, 60),
     ],
 )
 def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts, dtype, float32_gate):
-    """Long and short contractions, several tiles and parts of them, widths that divide by 8 or do not."""
+    """Long and short contractions, several tiles and parts of them, widths that divide by 8, by 4 or by neither."""
     W = router_dtype(dtype)
     gate_dtype = W if float32_gate else dtype
     rng = np.random.default_rng(0)
@@ -354,7 +356,7 @@ def test_products_are_exact_to_the_rounding(kind, num_tokens, width, num_experts
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("num_experts", [40, 136])
+@pytest.mark.parametrize("num_experts", [40, 60, 136])
 @pytest.mark.parametrize("num_tokens", [8257, 16385, 24500, 40000])
 def test_logits_of_many_tokens(kind, num_tokens, num_experts, dtype):
     """On Hopper a tile is one, two or three warpgroups high, and a block has several."""
@@ -380,7 +382,9 @@ def test_logits_of_many_tokens(kind, num_tokens, num_experts, dtype):
         (67, 130, 5, 2, 2),
         (1, 8, 1, 1, 1),
         (0, 8, 4, 2, 2),
+        (300, 136, 60, 4, 4),
         (8257, 264, 40, 5, 5),
+        (8257, 136, 60, 4, 4),
     ],
 )
 def test_gradients_of_chosen_experts_alone(

@@ -39,7 +39,9 @@ def test_every_kernel_begins_by_waiting_for_the_one_before_it():
         for _, after in re.findall(
             r"extern \"C\" __global__(.*?)\) {\n *(.*?)\n", path.read_text(), re.DOTALL
         ):
-            assert after == "after_earlier_kernels();", path.name
+            waits = ("after_earlier_kernels();", "wait_for_earlier_kernels();")
+            assert after in waits, path.name
+            assert after == waits[0] or "let_later_kernels_come();" in path.read_text(), path.name
             kernels += 1
     assert kernels == sum(
         len(re.findall("__global__", path.read_text())) for path in kernel_directory().glob("*.cu")
