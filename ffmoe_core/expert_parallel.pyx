@@ -197,13 +197,13 @@ class ExpertParallel:
         self.experts = expert_range(config.num_experts, comm.size, comm.rank)
         self._plans = _Plans(config, comm.size, len(self.experts), ep_chunks)
         self._steps = {name: Step(name, layer) for name in STEPS}
-        self._dtypes = set()  # of x, that the ranks have agreed on
+        self._rows = set()  # (dtype, width) of x that the ranks have agreed on
 
-    def agree_on_dtype(self, dtype):
-        """The ranks exchange bytes: that all mean the same by them is found out at a dtype's first call."""
-        if dtype not in self._dtypes:
-            _check_agreement(self.comm, Step("dtype of x", self.layer), {"dtype": dtype})
-            self._dtypes.add(dtype)
+    def agree_on_rows(self, dtype, width):
+        """The ranks exchange bytes: that all mean the same by them is found out at the first call with such rows."""
+        if (dtype, width) not in self._rows:
+            _check_agreement(self.comm, Step("rows of x", self.layer), {"dtype": dtype, "width": width})
+            self._rows.add((dtype, width))
 
     # --- the whole layer ---
 
@@ -464,7 +464,7 @@ def _dispatch(layer, x, gate_weight, router_input, expert_bias, valid_mask, mean
     else:
         check_shape(tokens, "x", "[T, d_model]", T, config.d_model)
     check_gate(gate, config, tokens)
-    layer.agree_on_dtype(tokens.dtype_name)
+    layer.agree_on_rows(tokens.dtype_name, tokens.dims[1])
     cdef Array bias = bias_of(expert_bias, E, tokens), mask = mask_of(valid_mask, T, tokens)
     cdef Space space = space_of(x, tokens)
     backend = backend_for(space)

@@ -1,10 +1,8 @@
 """Communicators for torch: a process group as transport, its store as the line for notices."""
 
-import contextlib
 import ctypes
 import functools
 import os
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +18,8 @@ from ffmoe_core.comm.communicator import Parts
 from ffmoe_core.comm.host import row_bytes
 from ffmoe_core.errors import CommError, ConfigError, DeviceError
 
+from .store_control import StoreControl
+
 EP_BACKENDS = ("auto", "mpi", "nccl", "torch")
 
 
@@ -34,6 +34,11 @@ def communicator_for(ep_group: Any, ep_backend: str, timeout: float, device: tor
         known = ", ".join(map(repr, EP_BACKENDS))
         raise ConfigError(f"ep_backend={ep_backend!r} is unknown; known: {known}")
     if hasattr(ep_group, "all_to_all_v"):
+        if ep_backend != "auto" or timeout not in (DEFAULT_TIMEOUT, ep_group.timeout):
+            raise ConfigError(
+                f"ep_backend={ep_backend!r} and ep_timeout={timeout!r} with a Communicator as ep_group: it is one "
+                "already, and has a timeout; leave both out"
+            )
         return ep_group
     if ep_group is None and ep_backend != "mpi" and dist.is_available() and dist.is_initialized():
         ep_group = dist.group.WORLD
@@ -59,7 +64,7 @@ def communicator_for(ep_group: Any, ep_backend: str, timeout: float, device: tor
             f"{_kind(ep_group)}"
         )
     made = _made.setdefault(ep_group, {}) if over_torch else _made_over(ep_group)
-    key = (ep_backend, timeout)
+    key = (ep_backend, timeout, device)
     if key not in made:
         made[key] = _new(ep_group, ep_backend, timeout, device, f"{len(made)}")
     return made[key]
@@ -101,12 +106,11 @@ def _kind(ep_group: Any) -> str:
     return f"{type(ep_group).__module__}.{type(ep_group).__qualname__}"
 
 
-_made: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, float], Communicator]]" = (
-    weakref.WeakKeyDictionary()
-)
+_Made = dict[tuple[str, float, torch.device], Communicator]
+_made: "weakref.WeakKeyDictionary[dist.ProcessGroup, _Made]" = weakref.WeakKeyDictionary()
 
 
-def _made_over(comm: Any) -> dict[tuple[str, float], Communicator]:
+def _made_over(comm: Any) -> _Made:
     """What was made for an mpi4py communicator, None for COMM_WORLD; it goes with the communicator."""
     from ffmoe_core.comm.mpi import MPI
 
@@ -123,43 +127,6 @@ def _mpi_key() -> int:
     from ffmoe_core.comm.mpi import MPI
 
     return MPI.Comm.Create_keyval()
-
-
-class StoreControl:
-    """See ``Control``: notices as keys of the store that the default process group was made with."""
-
-    def __init__(self, group: dist.ProcessGroup, name: str) -> None:
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        ranks = "-".join(map(str, dist.get_process_group_ranks(group)))
-        store = dist.distributed_c10d._get_default_store()
-        self._store = dist.distributed_c10d.PrefixStore(f"ffmoe/{group.group_name}/{ranks}/{name}", store)
-        self._lock = threading.Lock()  # a communicator's own thread may poll, too
-        self._posted = 0
-        self._seen = 0  # notices of anyone
-        self._next = [0] * self.size  # the number of each rank's next notice
-
-    def post(self, notice: str) -> None:
-        with self._lock:
-            with contextlib.suppress(
-                dist.DistError, RuntimeError
-            ):  # the store went with the rank that held it
-                self._store.set(f"{self.rank}/{self._posted}", notice)
-                self._store.add("posted", 1)
-            self._posted += 1
-
-    def poll(self) -> list[tuple[int, str]]:
-        notices = []
-        with self._lock, contextlib.suppress(dist.DistError, RuntimeError):
-            posted = self._store.add("posted", 0)
-            if posted == self._seen:
-                return []
-            for rank in range(self.size):
-                while rank != self.rank and self._store.check([f"{rank}/{self._next[rank]}"]):
-                    notices.append((rank, self._store.get(f"{rank}/{self._next[rank]}").decode()))
-                    self._next[rank] += 1
-            self._seen = posted
-        return notices
 
 
 class TorchCommunicator(WatchedCommunicator):

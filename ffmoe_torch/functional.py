@@ -355,13 +355,18 @@ def losses_by_name(losses: Tensor, aux_loss_coeff: float, z_loss_coeff: float) -
 class InjectLosses(torch.autograd.Function):
     """Passes ``output`` through, and gives every loss the gradient 1 in backward.
 
-    What ``(loss + sum(losses)).backward()`` does, without the losses having to reach the training loop.
+    What ``(loss + sum(losses)).backward()`` does, without the losses having to reach the training loop. ``output``
+    itself comes out, not a view, which torch would let nobody change in place. A compiler that follows this wants a
+    view; where it begins anew behind this it must not find one, as it makes views again without their Function.
     """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, losses: Tensor) -> Tensor:
         ctx.save_for_backward(losses)
-        return output.view_as(output)
+        if torch.compiler.is_compiling():
+            return output.view_as(output)
+        ctx.mark_dirty(output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -272,6 +272,7 @@ class MoELayer(nn.Module):
             noise = torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
             router_input = tokens * noise
         config = self.config
+        inject = self._has_losses and self.aux_mode == "inject"
         buffers = self._buffers
         gate_weight = _parameter(self._modules["gate"], "weight")
         if self._sharded is None:
@@ -305,6 +306,7 @@ class MoELayer(nn.Module):
                 self.proj_up,
                 weight_sums,
                 beside,
+                inject,
             )
         statistics = losses.detach() if losses.requires_grad else losses
         if torch.compiler.is_compiling():
@@ -316,8 +318,9 @@ class MoELayer(nn.Module):
 
         if shared is not None:
             output = output + shared()
-        if self._has_losses and self.aux_mode == "inject":
-            output = InjectLosses.apply(output, losses)
+        if inject:
+            if self._sharded is None:
+                output = InjectLosses.apply(output, losses)
             losses = losses.detach()
         if x.dim() != 2:
             output = output.view(x.shape)

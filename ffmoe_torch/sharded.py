@@ -20,7 +20,7 @@ from ffmoe_core.errors import CommError, ConfigError
 from ffmoe_core.expert_parallel import Combining, Dispatched, Sizes, Underway
 
 from .dense_glu import Spared, gradients
-from .functional import autocast_all, refuse_functorch, refuse_tangents
+from .functional import InjectLosses, autocast_all, refuse_functorch, refuse_tangents
 from .shared_expert import BesideExchanges
 
 GRAD_REDUCTIONS = ("mean", "sum")
@@ -85,10 +85,12 @@ class ShardedExperts:
         proj_up: nn.Module | None,
         weight_sums: Mapping[str, Tensor],
         beside: BesideExchanges | None,
+        inject: bool,
     ) -> ShardedOutput:
         """The routed experts' output for tokens [T, H], plus that of ``beside``.
 
-        With projections, what crosses is as narrow as they are. ``weight_sums`` as for ``routed_experts``.
+        With projections, what crosses is as narrow as they are. ``weight_sums`` as for ``routed_experts``. With
+        ``inject`` the output's backward gives the losses theirs.
         """
         wire = tokens
         self.telling(_refuse_transforms, tokens, router_input, gate_weight, w_up, w_down)
@@ -119,6 +121,8 @@ class ShardedExperts:
             output = self.telling(proj_up, output)
         if beside is not None and added is None:
             output = output + self.telling(beside.join)
+        if inject:
+            output = InjectLosses.apply(output, losses)
         balance = dispatched.routing if dispatched.balance is None else dispatched.balance.view(torch.uint8)
         return ShardedOutput(output, losses, dispatched.routing, balance)
 
@@ -397,6 +401,10 @@ class _FinishCombine(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple[Any, ...], *grads: Tensor) -> _Gradients:
         d_added = grads[0] if ctx.needs_input_grad[2] else None
         if not ctx.needs_input_grad[1]:
+            return None, None, d_added
+        # Of a backward that is asked for what was added alone, nobody would wait for the exchange.
+        first_half = ctx.next_functions[0][0]
+        if first_half is None or not torch._C._will_engine_execute_node(first_half):
             return None, None, d_added
         call: _Call = ctx.call
         call.start_backward()

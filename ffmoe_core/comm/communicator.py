@@ -6,7 +6,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..arrays import Array, Space, as_array
+from ..arrays import DTYPE_NAMES, Array, Space, as_array
+from ..errors import DTypeError
+
+SUMMED = ("int32", "int64", "float32", "float64")
 
 
 class Step(NamedTuple):
@@ -85,9 +88,12 @@ class Communicator(Protocol):
 def all_reduced(comm: Communicator, array: Any, step: Step) -> Any:
     """The sum over ranks of an array of any framework: int32, int64, float32 or float64.
 
-    Raises CommError, and what an array that cannot be exchanged raises.
+    Raises CommError, DTypeError for other dtypes, and what an array that cannot be exchanged raises.
     """
     own, space = as_array(array)
+    dtype = DTYPE_NAMES[own.dtype]
+    if dtype not in SUMMED:
+        raise DTypeError(f"array has dtype {dtype}; expected {', '.join(SUMMED)}: cast it before")
     total = space.empty(own.shape, own.dtype)
     comm.all_reduce(space, [(own, total)], step).wait()
     return space.export(total)

@@ -51,6 +51,7 @@ except ImportError as error:
 TICK_SECONDS = 0.05  # between two looks at the exchanges under way
 HIGH_PRIORITY = -1  # of a stream: its blocks come first wherever a multiprocessor has room
 NOT_READY = 600  # cudaErrorNotReady
+THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 # Between two GPUs NCCL has up to 32 blocks on NVLink, each as large as a multiprocessor, in clusters of four that want
 # four neighbours: among exactly 32 that products leave free some find none. Other GPUs than Hopper's have none to be
 # left free: there a product's blocks come and go, and an exchange finds room.
@@ -83,8 +84,8 @@ class NcclCommunicator(WatchedCommunicator):
         self.multiprocessors = MULTIPROCESSORS.get(capability, 0) if self.size > 1 else 0
         own = nccl.get_unique_id() if self.rank == 0 else b""
         unique_id = bytes.fromhex(self.gather(own.hex(), SET_UP)[0])
+        self._comm = self._initialized(unique_id)
         with cupy.cuda.Device(self.device_id):
-            self._comm = nccl.NcclCommunicator(self.size, unique_id, self.rank)
             self._stream = cupy.cuda.Stream(non_blocking=True, priority=HIGH_PRIORITY)
         self._types = {
             "int32": nccl.NCCL_INT32,
@@ -95,6 +96,28 @@ class NcclCommunicator(WatchedCommunicator):
         self._pinned: Any = None  # for `read`; grows
         self._order: deque[_Underway] = deque()  # of the exchanges on the stream
         threading.Thread(target=self._watch_over, name="ffmoe-nccl", daemon=True).start()
+
+    def _initialized(self, unique_id: tuple[Any, ...] | bytes) -> Any:
+        """NCCL's communicator. It waits for all ranks, without a deadline of its own: so on a thread."""
+        made: list[Any] = []
+        failures: list[BaseException] = []
+
+        def initialize() -> None:
+            try:
+                with cupy.cuda.Device(self.device_id):
+                    made.append(nccl.NcclCommunicator(self.size, unique_id, self.rank))
+            except BaseException as error:
+                failures.append(error)
+
+        threading.Thread(target=initialize, name="ffmoe-nccl-set-up", daemon=True).start()
+        number, everyone = self._watch.begin(SET_UP), set(range(self.size))
+        self._watch.wait(number, lambda: set() if made or failures else everyone)
+        if failures:
+            self.abort(f"{type(failures[0]).__name__}: {failures[0]}")
+            raise CommError(
+                f"{SET_UP}: NCCL failed on this rank ({failures[0]})", (self.rank,), *SET_UP
+            ) from failures[0]
+        return made[0]
 
     def all_to_all_v(
         self,
@@ -121,9 +144,10 @@ class NcclCommunicator(WatchedCommunicator):
         return transfer
 
     def all_reduce(self, space: Space, parts: Parts, step: Step) -> "NcclTransfer":
+        kinds = [self._types[DTYPE_NAMES[send.dtype]] for send, _ in parts]
+
         def launch() -> None:
-            for send, recv in parts:
-                kind = self._types[DTYPE_NAMES[send.dtype]]
+            for (send, recv), kind in zip(parts, kinds, strict=True):
                 self._comm.allReduce(send.ptr, recv.ptr, send.size, kind, nccl.NCCL_SUM, self._stream.ptr)
 
         return self._exchange(space, parts, step, launch)
@@ -164,7 +188,7 @@ class NcclCommunicator(WatchedCommunicator):
                 if array.device_type != DeviceType.CUDA or array.device_id != self.device_id:
                     raise DeviceError(
                         f"this communicator exchanges memory of cuda:{self.device_id}, but the layer's arrays are "
-                        f"on {array.device}"
+                        f"on {array.device}: move the layer, or make the communicator there"
                     )
         number = self._watch.begin(step)
         with _OnDevice(self.device_id):  # stream 0 is that of the current device
@@ -191,6 +215,7 @@ class NcclCommunicator(WatchedCommunicator):
     def _watch_over(self) -> None:
         """Ends NCCL's kernels when an exchange waits too long for others, or another rank has failed."""
         runtime.setDevice(self.device_id)
+        _leave_captures_alone()
         others = set(self._others)
         since = None  # when the first exchange under way was seen to wait for others
         try:
@@ -206,6 +231,9 @@ class NcclCommunicator(WatchedCommunicator):
                 self._watch.look(since, others)
         except CommError:
             pass
+        except BaseException as error:  # without a watch the group is of no more use
+            self.abort(f"{type(error).__name__}: {error}")
+            raise
         finally:
             self._comm.abort()
 
@@ -244,6 +272,12 @@ class _OnDevice:
     def __exit__(self, *error: object) -> None:
         if self._before != self._device_id:
             runtime.setDevice(self._before)
+
+
+def _leave_captures_alone() -> None:
+    """This thread asks for events while others may capture a CUDA graph, which by default would fail for that."""
+    mode = ctypes.c_int(THREAD_LOCAL)
+    ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 def _record(stream: int) -> Any:

@@ -13,7 +13,7 @@ from ffmoe_core.comm import LocalCommunicator, Step, all_reduced
 from ffmoe_core.comm.host import host_numbers
 from ffmoe_core.comm.mpi import MpiCommunicator
 from ffmoe_core.cpu.backend import CpuBackend
-from ffmoe_core.errors import CapacityError, CommError, ConfigError, ShapeError
+from ffmoe_core.errors import CapacityError, CommError, ConfigError, DTypeError, ShapeError
 from ffmoe_core.expert_parallel import ExpertParallel, expert_range
 from tests.ep.single import group_layer, single_process
 from tests.support import CupyKind, NumpyKind, assert_close, router_dtype
@@ -439,6 +439,20 @@ def mismatched_dtypes(comm):
         ep.dispatch(x, gate)
 
 
+@case("widths that differ")
+def mismatched_widths(comm):
+    """Where the router reads something else, the tokens that cross may be of any width, but of one."""
+    group = MpiCommunicator(timeout=10)  # which will be of no more use
+    ep = ExpertParallel(group, BASE, layer="blocks.1")
+    gate, read = (np.zeros((rows, BASE.d_model), "float32") for rows in (BASE.num_experts, 2))
+    x = np.zeros((2, 6 if comm.rank > 0 else 4), "float32")
+    if comm.size == 1:
+        ep.dispatch(x, gate, router_input=read)
+        return
+    with pytest.raises(ConfigError, match=r"do not agree on width for blocks\.1.*rank 1: 6"):
+        ep.dispatch(x, gate, router_input=read)
+
+
 @case("more ranks than experts")
 def too_few(comm):
     config = replace(BASE, num_experts=1, top_k=1)
@@ -510,6 +524,11 @@ def primitives(comm):
     for dtype in (np.int32, np.int64, np.float32, np.float64):
         total = all_reduced(comm, kind.array(np.arange(5) * (comm.rank + 1), dtype), Step("sum"))
         assert kind.host(total).tolist() == (np.arange(5) * sum(range(1, comm.size + 1))).tolist()
+    for dtype in ("float16", "uint8", "bool"):
+        with pytest.raises(
+            DTypeError, match=f"array has dtype {'uint8' if dtype == 'bool' else dtype}; expected int32"
+        ):
+            all_reduced(comm, kind.array(np.zeros(3), dtype), Step("sum"))
     assert comm.gather(f"é{comm.rank}" * comm.rank, Step("texts")) == [f"é{r}" * r for r in range(comm.size)]
     comm.barrier(Step("barrier"))
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import tempfile
+import time
 from contextlib import nullcontext
 from functools import cache, partial
 from itertools import pairwise
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ffmoe_core import expert_range
 from ffmoe_core.comm import Step
+from ffmoe_core.comm.base import DEFAULT_TIMEOUT
 from ffmoe_core.errors import (
     CommError,
     ConfigError,
@@ -40,6 +42,7 @@ from ffmoe_torch import (
     shard_experts,
 )
 from ffmoe_torch.communicator import communicator_for
+from ffmoe_torch.store_control import StoreControl
 from tests.support import assert_close
 from tests.torch.checks import numbers
 
@@ -589,6 +592,42 @@ def layers_share_a_communicator(comm):
         assert communicator_for(group, "auto", 60.0, cpu) is first
         assert communicator_for(group, backend, 61.0, cpu) is not first
         assert communicator_for(first, "auto", 60.0, cpu) is first
+        assert communicator_for(first, "auto", DEFAULT_TIMEOUT, cpu) is first
+        for options in ((backend, 60.0), ("auto", 61.0)):
+            with pytest.raises(ConfigError, match=r"ep_backend=.* with a Communicator as ep_group"):
+                communicator_for(first, *options, cpu)
+
+
+@case
+def notices_of_an_earlier_life(comm):
+    """A group that was made anew over the same store hears nothing of what was said in the one before."""
+    for life in range(2):
+        control = StoreControl(gloo(comm), "lives")
+        control.post(f"{life} of {comm.rank}")
+        heard = []
+        end = time.monotonic() + 20
+        while len(heard) < comm.size - 1 and time.monotonic() < end:
+            heard += control.poll()
+            time.sleep(0.01)
+        assert sorted(heard) == [(r, f"{life} of {r}") for r in range(comm.size) if r != comm.rank]
+        comm.barrier(Step("life"))
+
+
+@case
+def injected_losses_of_a_compiled_layer(comm):
+    """Whatever the tokens' shape: what a compiler makes again behind the exchanges still gives the losses theirs."""
+    for shape in ((4, SIZES["d_model"]), (2, 2, SIZES["d_model"])):
+        layer = make_layer(torch.float32, aux_mode="inject", num_shared_experts=1)
+        shard_experts(layer, comm)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(comm.rank))
+        gradients = []
+        for call in (layer, torch.compile(layer, backend="aot_eager")):
+            layer.zero_grad()
+            output, _ = call(x)
+            (0 * output).sum().backward()
+            gradients.append(layer.gate.weight.grad.clone())
+        assert gradients[0].norm() > 0
+        torch.testing.assert_close(*gradients)
 
 
 @case

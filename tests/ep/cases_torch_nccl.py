@@ -1,5 +1,6 @@
 """Cases for every rank, with a GPU of its own: a sharded MoELayer over NCCL is the layer of one process."""
 
+import time
 from functools import partial
 from unittest import mock
 
@@ -87,6 +88,23 @@ class AfterAll(BesideExchanges):
 
     def start(self, spared):
         pass
+
+
+@case
+def a_graph_is_captured_beside_the_watch(comm):
+    """The thread that looks after the exchanges asks the driver for events; a capture bears with that."""
+    layer = make_layer(torch.float32).to("cuda")
+    layer.shard_experts(MPI.COMM_WORLD, "nccl")
+    x, total = torch.randn(64, 24, device="cuda"), torch.zeros(64, 24, device="cuda")
+    for _ in range(3):
+        wanted = layer(x)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="global"):
+            time.sleep(0.2)  # of which the thread's looks are a part
+            total += x
+        assert same([layer(x)[0]], [wanted])
+    graph.replay()
+    assert same([total], [x])
 
 
 @case

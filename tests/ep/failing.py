@@ -1,6 +1,7 @@
 """Run on every rank: ``python -m tests.ep.failing FOLDER HOW WHERE VICTIM TIMEOUT [RANK SIZE]``.
 
-With RANK and SIZE the ranks meet over gloo, else over MPI.
+With RANK and SIZE the ranks meet over gloo, else over MPI; in a store that is a file, or in rank 0 where FFMOE_STORE is
+its address.
 
 One rank is killed, stopped or raises at one place of the third step; every other rank writes to FOLDER what its
 step raised, and after how many seconds.
@@ -49,7 +50,7 @@ def communicator(folder, timeout, rank=None, size=None):
 
     from ffmoe_torch.communicator import TorchCommunicator
 
-    init = f"file://{folder}/store"
+    init = os.environ.get("FFMOE_STORE", f"file://{folder}/store")
     dist.init_process_group("gloo", init_method=init, rank=int(rank), world_size=int(size))
     return TorchCommunicator(dist.group.WORLD, timeout)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import time
 
@@ -69,9 +70,33 @@ def test_others_name_the_missing_rank(tmp_path, round_number, how, where, size, 
     check_reports(tmp_path, others, victim, how, where)
 
 
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_nobody_waits_for_the_store(tmp_path, monkeypatch, how):
+    """Of the rank that holds it the others can't tell each other anything, but they end in time."""
+    monkeypatch.setenv("FFMOE_STORE", f"tcp://127.0.0.1:{free_port()}")
+    outputs, reports = over_gloo(tmp_path, how, "forward", 0)
+    assert set(reports) == {1, 2}, outputs
+    for report in reports.values():
+        assert 0 in report["ranks"], report
+        assert report["seconds"] < TIMEOUT + SLACK, report
+
+
 @pytest.mark.parametrize(("how", "where"), [("kill", "forward"), ("stop", "backward"), ("raise", "between")])
 def test_others_name_the_missing_rank_over_gloo(tmp_path, how, where):
-    size, victim = 3, 1
+    outputs, reports = over_gloo(tmp_path, how, where, 1)
+    assert set(reports) == {0, 2}, outputs
+    check_reports(tmp_path, (0, 2), 1, how, where)
+
+
+def over_gloo(tmp_path, how, where, victim):
+    """What three ranks printed, and the reports of the others, who have ended."""
+    size = 3
     others = [rank for rank in range(size) if rank != victim]
     ranks = []
     for rank in range(size):
@@ -87,4 +112,4 @@ def test_others_name_the_missing_rank_over_gloo(tmp_path, how, where):
         outputs = "\n".join(rank.communicate()[0] for rank in ranks)
     assert all_raised, f"not every rank raised CommError:\n{outputs}"
     assert codes == [1] * len(others), outputs
-    check_reports(tmp_path, others, victim, how, where)
+    return outputs, {rank: json.loads((tmp_path / f"{rank}.json").read_text()) for rank in others}

@@ -125,6 +125,18 @@ def test_the_tokens_sums_take_in_what_the_shared_expert_has_given(monkeypatch):
     torch.testing.assert_close(got, want)
 
 
+def test_no_exchange_begins_that_nobody_waits_for(monkeypatch):
+    """A backward that asks for the shared expert's gradients alone sends none to the experts."""
+    log = []
+    layer = sharded_layer(log, monkeypatch, OnTheRuntime)
+    output, _ = layer(torch.randn(6, 8))
+    parameters = list(layer.shared_expert.parameters())
+    torch.autograd.grad(output.sum(), parameters, retain_graph=True)
+    assert "combine backward" not in log
+    output.sum().backward()
+    assert log.count("combine backward") == 1
+
+
 @pytest.mark.parametrize(("shape", "dtype"), [((1, 8), torch.float32), ((6, 8), torch.float64)])
 def test_what_the_sum_cannot_take_in_is_added_to_it(monkeypatch, shape, dtype):
     """Another module's output in the place of the shared expert's, as torch adds it."""

@@ -203,6 +203,18 @@ def test_jitter_is_for_the_router_in_training_only(device):
     assert torch.equal(layer.eval()(x)[0], plain(x)[0])
 
 
+@pytest.mark.parametrize("shape", [(5, 24), (5, 1, 24)])
+def test_the_output_may_be_changed_in_place_with_injected_losses(device, shape):
+    layer = make_layer(device, aux_mode="inject", num_shared_experts=1, **LOSSES)
+    x = random_tokens(5, device=device).detach().reshape(shape)
+    gradients = []
+    for add in (torch.add, torch.Tensor.add_):
+        layer.zero_grad()
+        add(layer(x)[0], x).square().sum().backward()
+        gradients.append([p.grad for p in layer.parameters()])
+    assert same(*gradients)
+
+
 def test_injected_losses_have_the_gradient_of_returned_ones(device):
     options = {"num_shared_experts": 1, **LOSSES}
     layer, x = (
