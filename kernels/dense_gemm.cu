@@ -10,7 +10,7 @@
 //
 // A block computes a 128x128 tile. Operands come in their own type through a ring of shared-memory stages
 // filled with cp.async, and are split in registers. All arrays must be 16-byte aligned, and their rows whole pieces of 16
-// bytes; where rows are added, the columns must divide by 8. grouped_gemm_simt.cu has no such wishes.
+// bytes; grouped_gemm_simt.cu has no such wishes.
 //
 // Defines: A_TYPE, B_TYPE, OUT_TYPE (codes of types.cuh, none of them float64), TRANSPOSE_A, TRANSPOSE_B 0|1.
 
@@ -269,13 +269,16 @@ __device__ __forceinline__ void multiply_tile(Accumulators& acc, Left& a, Right&
 
 // The sums pass through shared memory, where the stages were: the tensor cores leave a thread two columns here and two
 // there, but of rows that are gathered neighbours are to read neighbouring columns.
-constexpr int WIDTH = 8, LANES = TILE / WIDTH;  // columns of a thread, threads of a row
-constexpr int STRIDE = THREADS / LANES;         // between a thread's rows
+template <class Out> struct Share {
+    static constexpr int WIDTH = 16 / int(sizeof(Out)), LANES = TILE / WIDTH;  // columns of a thread, threads of a row
+    static constexpr int STRIDE = THREADS / LANES;                             // between a thread's rows
+};
 constexpr int PITCH = TILE + 8;  // of sums: the lanes that write at the same time do so in different banks
 static_assert(TILE * PITCH * sizeof(float) <= SHARED_BYTES);
 
 // Rows that are added to those of a tile: to row i the ones that token_rows[i, 0 .. top_k) names, if they exist.
 struct AddedRows {
+    static constexpr int WIDTH = Share<TypeOut>::WIDTH, STRIDE = Share<TypeOut>::STRIDE;
     const TypeOut* rows;  // at the tile's first column
     int64 pitch;
     int count;
@@ -329,18 +332,11 @@ __device__ __forceinline__ void share(const Accumulators& acc) {
     __syncthreads();
 }
 
-// A thread's columns of a row; of float32 the last ones may be half as many.
-template <class Out>
-__device__ __forceinline__ void store_columns(const float (&values)[WIDTH], Out* to, int left) {
-    if constexpr (sizeof(Out) == 4)
-        if (left < WIDTH) return store_vector(to, Vector<float, 4>{values[0], values[1], values[2], values[3]});
-    store_values(values, to);
-}
-
 // The tile of shared sums, of which so many rows and columns exist, goes to out; add(values, row, column) has finished
 // ROWS of a thread's rows before.
 template <int ROWS, class Out, class Add>
 __device__ __forceinline__ void store_tile(int rows, int columns, Out* out, int64 pitch, Add add) {
+    constexpr int WIDTH = Share<Out>::WIDTH, LANES = Share<Out>::LANES, STRIDE = Share<Out>::STRIDE;
     const int column = threadIdx.x % LANES * WIDTH;
     if (column >= columns) return;
     for (int row = threadIdx.x / LANES; row < rows; row += ROWS * STRIDE) {
@@ -350,8 +346,7 @@ __device__ __forceinline__ void store_tile(int rows, int columns, Out* out, int6
         add(values, row, column);
 #pragma unroll
         for (int i = 0; i < ROWS; ++i)
-            if (row + i * STRIDE < rows)
-                store_columns(values[i], out + (row + i * STRIDE) * pitch + column, columns - column);
+            if (row + i * STRIDE < rows) store_values(values[i], out + (row + i * STRIDE) * pitch + column);
     }
 }
 

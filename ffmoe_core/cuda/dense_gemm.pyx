@@ -77,11 +77,9 @@ cdef int dense_gemm(
         parts = space.empty((count, num_rows, columns), FLOAT64 if out.dtype == FLOAT64 else FLOAT32)
     cdef uintptr_t parts_at = address(parts)
     cdef int vectors = in_vectors(addresses | parts_at, width_a | width_b, columns)
-    # rows that are added are read 8 columns at a time
-    cdef int64_t row_bytes = columns * (itemsize(out.dtype) if rows is None else 2)
     cdef bint tensor = (
         out.dtype != FLOAT64
-        and (width_a * itemsize(a.dtype) | width_b * itemsize(b.dtype) | row_bytes) % 16 == 0
+        and (width_a * itemsize(a.dtype) | width_b * itemsize(b.dtype) | columns * itemsize(out.dtype)) % 16 == 0
         and (addresses | parts_at) % 16 == 0
     )
     if rows is not None:
