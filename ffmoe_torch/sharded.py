@@ -16,8 +16,8 @@ from torch.utils.checkpoint import _StopRecomputationError
 from ffmoe_core import ExpertParallel, expert_range
 from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import Communicator, Step
+from ffmoe_core.ep_types import Combining, Dispatched, Sizes, Underway
 from ffmoe_core.errors import CommError, ConfigError
-from ffmoe_core.expert_parallel import Combining, Dispatched, Sizes, Underway
 
 from .dense_glu import Spared, gradients
 from .functional import InjectLosses, autocast_all, refuse_functorch, refuse_tangents

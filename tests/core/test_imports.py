@@ -56,7 +56,7 @@ def test_a_layer_of_numpy_arrays_imports_no_framework():
     assert not {"cupy", "torch", "cuda", "ffmoe_torch", "ffmoe_core.cuda.backend"} & loaded
 
 
-IMPORT = re.compile(r"^\s*(?:from\s+([.\w]+)\s+c?import\s+([\w, ]+)|c?import\s+([\w.]+))")
+IMPORT = re.compile(r"^\s*(?:from\s+([.\w]+)\s+c?import\s+([\w, (]+)|c?import\s+([\w.]+))")
 
 
 def imports_of(path):
@@ -77,6 +77,10 @@ def imports_of(path):
     return found
 
 
+# the files of the layer whose experts are spread over ranks, each of which may import those that follow it
+SPREAD = ("expert_parallel", "ep_experts", "ep_exchange", "ep_types")
+
+
 def sources():
     return [path for suffix in ("py", "pyx", "pxd") for path in sorted(CORE.rglob(f"*.{suffix}"))]
 
@@ -86,13 +90,14 @@ def test_the_files_are_found():
     assert {"moe.pyx", "stages.pyx", "arrays.pxd", "backend.py", "config.py", "routing.pyx"} <= names
     found = {name for name, _ in imports_of(CORE / "moe.pyx")}
     assert {"ffmoe_core.backend", "ffmoe_core.arrays", "numpy"} <= found
+    assert "ffmoe_core.checks" in {name for name, _ in imports_of(CORE / "ep_exchange.pyx")}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(CORE)))
 def test_imports_run_one_way(path):
     """ffmoe_torch -> ffmoe_core -> moe, stages -> backend -> cpu | cuda -> arrays, config, errors.
 
-    And expert_parallel -> moe and comm, which knows no layer.
+    And expert_parallel -> ep_experts -> ep_exchange -> moe and ep_types -> comm, which knows no layer.
     """
     inside = path.relative_to(CORE)
     forbidden = ["torch", "ffmoe_torch", "tests"]
@@ -100,12 +105,15 @@ def test_imports_run_one_way(path):
         forbidden.append("cupy")
     if str(inside) != "comm/mpi.py":
         forbidden.append("mpi4py")
-    if inside.stem != "expert_parallel" and inside.parts[0] != "comm":
+    if inside.stem not in ("expert_parallel", "ep_types") and inside.parts[0] != "comm":
         forbidden.append("ffmoe_core.comm")
     if inside.parts[0] == "comm":
-        forbidden += [
-            f"ffmoe_core.{name}" for name in ("moe", "stages", "backend", "expert_parallel", "plan")
-        ]
+        forbidden += [f"ffmoe_core.{name}" for name in ("moe", "stages", "backend", "plan")]
+    if str(inside) != "__init__.py":
+        above = SPREAD[: SPREAD.index(inside.stem)] if inside.stem in SPREAD else SPREAD
+        forbidden += [f"ffmoe_core.{name}" for name in above]
+    if inside.stem == "ep_types":
+        forbidden.append("ffmoe_core.moe")
     if inside.parts[0] == "cpu":
         forbidden.append("ffmoe_core.cuda")
     if inside.parts[0] == "cuda":

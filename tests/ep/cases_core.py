@@ -6,8 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-import ffmoe_core.expert_parallel
-from ffmoe_core import MoEConfig
+from ffmoe_core import MoEConfig, ep_exchange
 from ffmoe_core.arrays import as_array
 from ffmoe_core.comm import LocalCommunicator, Step, all_reduced
 from ffmoe_core.comm.host import host_numbers
@@ -322,7 +321,7 @@ def weight_gradients_in_parts(comm):
         for flops_a_byte in (0, 3, 20, 1e9):
             with (
                 mock.patch.object(comm, "multiprocessors", 2),
-                mock.patch.object(ffmoe_core.expert_parallel, "FLOPS_A_BYTE", flops_a_byte),
+                mock.patch.object(ep_exchange, "FLOPS_A_BYTE", flops_a_byte),
                 mock.patch.object(CpuBackend, "grouped_glu_backward", staticmethod(writing_dp_of_all_rows)),
             ):
                 _, _, parts = run_group(comm, BASE, layer, ep_chunks=chunks)
@@ -341,7 +340,7 @@ def room_beside_the_dispatch(comm):
     asked = []
     with (
         mock.patch.object(comm, "multiprocessors", 2),
-        mock.patch.object(ffmoe_core.expert_parallel, "FLOPS_A_BYTE", 5.0),
+        mock.patch.object(ep_exchange, "FLOPS_A_BYTE", 5.0),
     ):
         ep = ExpertParallel(comm, BASE)
         x, gate = (
