@@ -15,8 +15,9 @@ from torch.autograd import forward_ad
 from ffmoe_core import glu_down, glu_down_backward, glu_up, glu_up_backward
 from ffmoe_core.errors import OutOfMemoryError
 
-from .functional import as_tokens, autocast_all, no_second_derivative, nothing_between
+from .functional import as_tokens
 from .side_stream import Beside
+from .surroundings import autocast_all, no_second_derivative, nothing_between
 
 DTYPES = (torch.bfloat16, torch.float16)
 

@@ -21,15 +21,9 @@ from ffmoe_core.errors import (
 )
 
 from .communicator import communicator_for
-from .functional import (
-    InjectLosses,
-    as_token_mask,
-    as_tokens,
-    check_tensor,
-    losses_by_name,
-    options_of,
-    routed_experts,
-)
+from .functional import as_token_mask, as_tokens, check_tensor
+from .losses import InjectLosses, losses_by_name
+from .operators import options_of, routed_experts
 from .sharded import ShardedExperts
 from .shared_expert import BesideExchanges, SharedExpert, on_a_side_stream
 from .stats import MoEStats, tokens_per_expert

@@ -20,8 +20,9 @@ from ffmoe_core.ep_types import Combining, Dispatched, Sizes, Underway
 from ffmoe_core.errors import CommError, ConfigError
 
 from .dense_glu import Spared, gradients
-from .functional import InjectLosses, autocast_all, refuse_functorch, refuse_tangents
+from .losses import InjectLosses
 from .shared_expert import BesideExchanges
+from .surroundings import autocast_all, refuse_functorch, refuse_tangents
 
 GRAD_REDUCTIONS = ("mean", "sum")
 

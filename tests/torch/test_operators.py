@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 
 from ffmoe_core.arrays import DType, as_array
 from ffmoe_core.errors import DeviceError, UnsupportedError
-from ffmoe_torch import MoELayer, functional, fused_moe
+from ffmoe_torch import MoELayer, fused_moe, operators
 from tests.torch.checks import (
     LOSSES,
     SIZES,
@@ -187,8 +187,8 @@ def test_a_plain_call_does_without_the_operators(device, monkeypatch, mode):
     def refuse(*arguments):
         raise AssertionError("an operator was called")
 
-    monkeypatch.setattr(functional, "_moe", refuse)
-    monkeypatch.setattr(functional, "_moe_backward", refuse)
+    monkeypatch.setattr(operators, "_moe", refuse)
+    monkeypatch.setattr(operators, "_moe_backward", refuse)
     layer, x = make_layer(device, **LOSSES), random_tokens(9, device=device)
     with mode():
         output, losses = layer(x)
