@@ -12,8 +12,8 @@ import json
 from dataclasses import asdict
 
 from . import ep_exchange, ep_experts
-from .checks import check_config, check_type
-from .comm.communicator import Communicator, Step
+from .checks import check_config
+from .comm.communicator import Step
 from .config import MAX_EXPERTS, MoEConfig
 from .ep_types import ExpertParallelResult
 from .errors import CommError, ConfigError
@@ -73,7 +73,10 @@ class ExpertParallel:
     """
 
     def __init__(self, comm, config, *, layer="", loss_scope="group", ep_chunks=1, agree_on=None):
-        check_type(comm, "comm", Communicator, "such as an MpiCommunicator or a NcclCommunicator")
+        if not hasattr(comm, "all_to_all_v"):  # which a proxy of a communicator has, too
+            raise ConfigError(
+                f"comm is a {type(comm).__name__}; expected a Communicator, such as MpiCommunicator or NcclCommunicator"
+            )
         with aborting(comm):
             check_config(config, MoEConfig)
         self.comm = comm

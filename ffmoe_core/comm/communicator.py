@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,7 +32,6 @@ class Transfer(Protocol):
         """What was received may be read, and what was sent overwritten. Raises CommError."""
 
 
-@runtime_checkable
 class Communicator(Protocol):
     """A group of ranks that exchange arrays.
 

@@ -93,6 +93,19 @@ def test_the_losses_come_last(log):
     ]
 
 
+def test_a_communicator_may_be_a_proxy_of_one():
+    class Proxy:
+        def __init__(self, comm):
+            self.comm = comm
+
+        def __getattr__(self, name):
+            return getattr(self.comm, name)
+
+    layer = MoELayer(8, 8, 4, 2)
+    layer.shard_experts(Proxy(LocalCommunicator()))
+    layer(torch.randn(3, 8))
+
+
 class OnTheRuntime(BesideExchanges):
     """The kernels of a GPU's shared expert, launched when they are there."""
 
