@@ -6,7 +6,7 @@ from torch import Tensor
 from ffmoe_core.errors import ConfigError, DTypeError, LayoutError, ShapeError
 
 from .losses import losses_by_name
-from .operators import check_kinds, routed_experts
+from .operators import routed_experts
 
 
 def fused_moe(
@@ -88,7 +88,6 @@ def fused_moe(
         aux_loss_coeff,
         z_loss_coeff,
     )
-    check_kinds(options)
     output, losses, _ = routed_experts(
         as_tokens(x, "x", d_model),
         None if router_input is None else as_tokens(router_input, "router_input", d_model),

@@ -69,7 +69,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def check_kinds(options: Options) -> None:
+def _check_kinds(options: Options) -> None:
     for (name, kind), value in zip(_OPTIONS.items(), options, strict=True):
         types, wanted = _KINDS[kind.removesuffix("?")]
         if value is None and kind.endswith("?"):
@@ -113,6 +113,8 @@ def routed_experts(
     if not nothing_between(tensors):
         if weight_sums:
             raise main_grad_unsupported()
+        if config is None:
+            _check_kinds(options)
         output, losses, _, _, routing = _moe(*tensors, *options, keep_activations)
         return output, losses, routing
     if config is None:
@@ -161,7 +163,11 @@ def _config_for(
     gate_weight: Tensor, w_down: Tensor, options: Options, keep_activations: bool = True
 ) -> MoEConfig:
     num_experts, d_model = gate_weight.shape
-    return _config(d_model, w_down.shape[2], num_experts, keep_activations, *options)
+    try:
+        return _config(d_model, w_down.shape[2], num_experts, keep_activations, *options)
+    except TypeError:  # something that has no hash is no option of any kind
+        _check_kinds(options)
+        raise
 
 
 def _keeps_logits(options: Sequence[Any]) -> bool:
