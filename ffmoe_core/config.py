@@ -79,15 +79,11 @@ class MoEConfig:
         _check_choice("activation", self.activation, ACTIVATIONS)
         _check_choice("gating", self.gating, GATINGS)
         _check_choice("drop_policy", self.drop_policy, DROP_POLICIES)
-        for name, low in (
-            ("routed_scaling_factor", None),
-            ("aux_loss_coeff", 0.0),
-            ("z_loss_coeff", 0.0),
-            ("capacity_factor", None),
-        ):
+        lowest = {"routed_scaling_factor": None, "aux_loss_coeff": 0.0, "z_loss_coeff": 0.0}
+        if self.capacity_factor is not None:
+            lowest["capacity_factor"] = None
+        for name, low in lowest.items():
             value = getattr(self, name)
-            if value is None and name == "capacity_factor":
-                continue
             check_float(name, value, low)
             # of NumPy's own kind of float neither compilers nor its repr make a number
             object.__setattr__(self, name, float(value))

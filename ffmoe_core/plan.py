@@ -88,7 +88,7 @@ def unpack_routing(
     Raises ShapeError for a block of another size, DTypeError for what is no uint8 array, ConfigError for another
     ``router_dtype``.
     """
-    if "uint8" not in str(getattr(routing, "dtype", "")):
+    if str(getattr(routing, "dtype", "")) not in ("uint8", "torch.uint8"):
         given = getattr(routing, "dtype", type(routing).__name__)
         raise DTypeError(f"routing is {given}; expected a uint8 array, the routing of a MoEResult")
     framework = sys.modules[type(routing).__module__.partition(".")[0]]

@@ -28,9 +28,8 @@ class StoreControl:
         life = (store.add(f"{prefix}/ranks", 1) - 1) // self.size
         self._line = _Line(dist.distributed_c10d.PrefixStore(f"{prefix}/{life}", store), self.rank, self.size)
         threading.Thread(target=_serve, args=(self._line,), name="ffmoe-store", daemon=True).start()
-        weakref.finalize(
-            self, self._line.close
-        ).atexit = False  # the last notices leave at the end of the process
+        end = weakref.finalize(self, self._line.close)
+        end.atexit = False  # the last notices leave at the end of the process
 
     def post(self, notice: str) -> None:
         self._line.leaving.append(notice)

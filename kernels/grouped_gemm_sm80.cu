@@ -29,13 +29,7 @@ constexpr int WARP_COLUMNS = TILE_COLUMNS / WARP_TILE;
 constexpr int THREADS = 32 * (TILE_ROWS / WARP_TILE) * WARP_COLUMNS;
 constexpr int BLOCKS = TILE_COLUMNS == 128 ? 2 : 1;  // on a multiprocessor
 constexpr int DEPTH = 32;                            // of a stage along the contraction
-// Two blocks find room on a multiprocessor of 100 KB with three stages each; elsewhere with four. (Here the architectures
-// that have so little are named, as grouped_gemm.pyx does.)
-#if __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200 || __CUDA_ARCH__ == 1210
-constexpr int STAGES = TILE_COLUMNS == 128 ? 3 : 4;
-#else
 constexpr int STAGES = 4;
-#endif
 constexpr int OPERAND_A_BYTES = TILE_ROWS * DEPTH * 2;
 constexpr int STAGE_BYTES = OPERAND_A_BYTES + TILE_COLUMNS * DEPTH * 2;
 

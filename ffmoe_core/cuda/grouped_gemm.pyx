@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t, uintptr_t
 
 from ..arrays cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Array, Space
 from . cimport grouped_gemm_sm90 as sm90
-from .launch cimport Parameter, compute_capability, kernel, multiprocessor_count
+from .launch cimport Kernel, Parameter, kernel, multiprocessor_count
 
 from .tiles import Size, choices, choose, gpu_of
 
@@ -29,9 +29,6 @@ cdef tuple FILES = ("grouped_gemm_simt.cu", "grouped_gemm_sm80.cu", "grouped_gem
 cdef str ROWS_FILE = "grouped_gemm_rows.cu"
 cdef int[3] TILE_COLUMNS = [128, 128, 256]
 cdef unsigned int[3] THREADS = [256, 128, 256]
-# of grouped_gemm_sm80.cu, where a multiprocessor has 100 KB and where it has more
-cdef tuple SMALL_CAPABILITIES = (86, 89, 120, 121)
-cdef unsigned int[3] SMALL_SHARED_BYTES = [0, 3 * (128 + 128) * 64, 4 * (128 + 256) * 64]
 cdef unsigned int[3] SHARED_BYTES = [0, 4 * (128 + 128) * 64, 4 * (128 + 256) * 64]
 
 cdef enum:
@@ -170,10 +167,9 @@ cdef int launch_rows(
 cdef int launch(
     Space space, int path, str entry, tuple defines, int64_t grid_x, int64_t grid_y, void** params
 ) except -1:
-    cdef bint small = compute_capability(space.device_id) in SMALL_CAPABILITIES
-    cdef unsigned int shared = SMALL_SHARED_BYTES[path] if small else SHARED_BYTES[path]
-    return kernel(FILES[path], entry, defines, space.device_id, shared).launch(
-        <unsigned int>grid_x, <unsigned int>grid_y, 1, THREADS[path], shared, space.stream, params
+    cdef Kernel chosen = kernel(FILES[path], entry, defines, space.device_id, SHARED_BYTES[path])
+    return chosen.launch(
+        <unsigned int>grid_x, <unsigned int>grid_y, 1, THREADS[path], SHARED_BYTES[path], space.stream, params
     )
 
 
